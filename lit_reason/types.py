@@ -1,0 +1,184 @@
+"""Records that cross stages, and the shape legend used in every file.
+
+Shape suffixes (`rewards_BR` is a tensor of shape (B, R)):
+
+    P  prompts of a round            T  tokens (padded)        E  experts
+    G  completions per prompt        D  model width            K  chosen experts
+    B  sequences, B = P * G          H  heads                  R  rewards (columns of the rubric)
+    N  tokens, flattened             V  vocabulary             S  cached positions
+
+The way of the data:
+
+    prompt -> rollout -> reward -> advantage -> batch -> loss -> optimizer step -> weight sync
+    Prompt    Completion Scores    PolicyBatch.advantages_BT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, rendered and tokenised.
+
+    Args:
+        id: 16 hex digits of the hash of the canonical question; the same question has the same id everywhere.
+        question: the problem as its source words it, without any template.
+        answer: the reference answer, `""` if the verifier needs none.
+        source: where it comes from, e.g. `"reasoning_gym/chain_sum"`, `"gsm8k"`, `"jsonl/mine"`.
+        token_ids: the question in the chat template, ready for generation.
+        meta: JSON-able facts for verifiers and tables (difficulty, a reasoning-gym entry, ...).
+    """
+
+    id: str
+    question: str
+    answer: str
+    source: str
+    token_ids: tuple[int, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer.
+
+    Args:
+        prompt_id: `Prompt.id` of the problem.
+        sample_idx: 0 .. G-1 within the group.
+        token_ids: what was generated, the stop token included when `finish_reason == "stop"`.
+        logprobs: the *engine's* log-probability of each token under the sampling temperature (nats).
+        text: `token_ids` decoded, without the stop token.
+        finish_reason: `"stop"` for a stop token, `"length"` when `max_tokens` or the context was used up.
+        version: the policy version whose weights generated it.
+        seed: the request's counter seed; the same seed and weights give the same tokens.
+    """
+
+    prompt_id: str
+    sample_idx: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    version: int
+    seed: int
+
+
+class RewardState(IntEnum):
+    """What a verifier said of a completion: an error or a time-out is a state, never a silent 0."""
+
+    OK = 0
+    ERROR = 1
+    TIMEOUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The rubric's columns for B completions.
+
+    Args:
+        names: R reward names, the columns' order.
+        weights_R: weight of each reward, float32.
+        values_BR: float32; NaN wherever `states_BR` is not `RewardState.OK`.
+        states_BR: int64, values of `RewardState`.
+        messages: `{(row, name): text}` for the entries that are not OK.
+    """
+
+    names: tuple[str, ...]
+    weights_R: Tensor
+    values_BR: Tensor
+    states_BR: Tensor
+    messages: Mapping[tuple[int, str], str] = field(default_factory=dict)
+
+    @property
+    def valid_B(self) -> Tensor:
+        """bool (B,): rows whose every reward is OK."""
+        return (self.states_BR == RewardState.OK).all(dim=1)
+
+    @property
+    def total_B(self) -> Tensor:
+        """float32 (B,): the weighted sum of the columns; NaN in rows that are not valid."""
+        return self.values_BR @ self.weights_R
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G completions of one prompt, with their scores (G rows)."""
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    scores: Scores
+
+
+@dataclass(slots=True)
+class PolicyBatch:
+    """One micro-batch of the policy update. Everything per token is aligned with `target_ids_BT`.
+
+    Sequences are prompt + completion, padded on the right. `target_ids_BT[b, t]` is the token after
+    `input_ids_BT[b, t]`; `mask_BT` is 1 where the target is a completion token that counts.
+    The three `*_total` scalars are over the whole *optimizer step* (all micro-batches, all ranks): the aggregation
+    divides by them, so that splitting a batch never changes its gradient.
+
+    Args:
+        input_ids_BT, target_ids_BT: int64.
+        mask_BT: float32, 0 or 1.
+        advantages_BT: float32, constant along a sequence unless the algorithm has token-level advantages.
+        rollout_logprobs_BT: the engine's log-probs (mu), 0 where masked; NaN where the engine gave none.
+        old_logprobs_BT: the trainer's own at the round's start; None means "this is the round's only update",
+            so that old == new.detach() exactly.
+        ref_logprobs_BT: the frozen reference's; None when no KL term asks for it.
+        group_tokens_B: number of masked-in tokens of the sequence's whole group (prompt-mean-token-mean).
+        sequences_total, tokens_total, prompts_total: float32 scalars (0-d), see above.
+        max_completion: the generation limit in tokens (Dr.GRPO's constant L_max).
+    """
+
+    input_ids_BT: Tensor
+    target_ids_BT: Tensor
+    mask_BT: Tensor
+    advantages_BT: Tensor
+    rollout_logprobs_BT: Tensor
+    group_tokens_B: Tensor
+    sequences_total: Tensor
+    tokens_total: Tensor
+    prompts_total: Tensor
+    max_completion: Tensor
+    old_logprobs_BT: Tensor | None = None
+    ref_logprobs_BT: Tensor | None = None
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PolicyBatch:
+        """A copy on `device` (Lightning calls this to move batches)."""
+        moved = {
+            f.name: value.to(device, **kwargs)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return self.input_ids_BT.shape[0]
+
+
+@dataclass(slots=True)
+class TokenBatch:
+    """One batch of supervised text: `target_ids_BT` is the next token, `mask_BT` is 1 where it counts in the loss."""
+
+    input_ids_BT: Tensor
+    target_ids_BT: Tensor
+    mask_BT: Tensor
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> TokenBatch:
+        """A copy on `device`."""
+        return TokenBatch(
+            self.input_ids_BT.to(device, **kwargs),
+            self.target_ids_BT.to(device, **kwargs),
+            self.mask_BT.to(device, **kwargs),
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids_BT.shape[0]
