@@ -1,0 +1,8 @@
+"""The model: DeepSeek-V3's mixture of experts with multi-head latent attention, under muP."""
+
+from lit_reason.models.cache import LatentCache
+from lit_reason.models.config import Base, ModelConfig, Yarn
+from lit_reason.models.mup import Role, parameter_roles
+from lit_reason.models.transformer import Transformer
+
+__all__ = ["Base", "LatentCache", "ModelConfig", "Role", "Transformer", "Yarn", "parameter_roles"]

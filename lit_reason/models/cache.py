@@ -1,0 +1,40 @@
+"""The cache of multi-head latent attention: per token and layer one latent and one rotary key, nothing per head.
+
+Shapes: B rows, S positions, C = kv_lora_rank + qk_rope_head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_reason.models.config import ModelConfig
+
+
+class LatentCache:
+    """Latents of B sequences. `layers[l]` is (B, S, C): the normalised latent first, then the rotated key.
+
+    Args:
+        config: the model's shape.
+        rows: B.
+        capacity: S, the most positions that a row may hold (tokens).
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        channels = config.kv_lora_rank + config.qk_rope_head_dim
+        self.layers: list[Tensor] = [
+            torch.zeros(rows, capacity, channels, dtype=dtype, device=device) for _ in range(config.depth)
+        ]
+
+    @property
+    def rows(self) -> int:
+        return self.layers[0].shape[0]
+
+    def select(self, index_B: Tensor) -> None:
+        """Keeps (or repeats) the rows of `index_B`: drops finished rows, or fans a shared prefix out."""
+        self.layers = [layer.index_select(0, index_B) for layer in self.layers]
+
+    def bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)

@@ -1,0 +1,176 @@
+"""The model's shape: one validated dataclass, a plain-JSON round trip, nothing else decides a dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from lit_reason.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (2309.00071) as DeepSeek-V3 uses it.
+
+    Args:
+        factor: context length over `original_max_seq_len`.
+        original_max_seq_len: length that the unscaled rotary embedding was trained on (tokens).
+        beta_fast, beta_slow: rotations over the original length between which the ramp interpolates.
+        mscale, mscale_all_dim: attention-temperature coefficients; cos and sin are multiplied by
+            `m(mscale) / m(mscale_all_dim)` and the softmax scale by `m(mscale_all_dim)**2`, m(c) = 0.1 c ln(factor) + 1.
+    """
+
+    factor: float = 40.0
+    original_max_seq_len: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base shape of muP: where hyper-parameters were tuned. Multipliers are ratios to it (2203.03466).
+
+    `None` means "this axis is not scaled": the base has the model's own value.
+    """
+
+    width: int = 64
+    depth: int = 4
+    heads: int | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    ffn_width: int | None = None
+    expert_width: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder with multi-head latent attention and mixture of experts (DeepSeek-V3, 2412.19437).
+
+    Example::
+
+        ModelConfig(width=128, depth=4, heads=4, experts=8, experts_per_token=2)
+
+    Args:
+        vocab_size: rows of the embedding and of the (untied) head.
+        width, depth, heads: model width D, number of blocks, attention heads H.
+        q_lora_rank: rank of the query's latent; None projects queries directly from the width.
+        kv_lora_rank: rank of the key/value latent, which is all that the cache keeps besides the rotary key.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head dimensions without and with rotation, and of values.
+        ffn_width: hidden width of the dense SwiGLU blocks.
+        first_dense: number of leading blocks that are dense.
+        experts, experts_per_token, expert_width: routed experts E, chosen K, hidden width of each.
+        shared_experts: experts that every token uses (their hidden width is `shared_experts * expert_width`).
+        expert_groups, groups_per_token: group-limited routing; 1 and 1 switch it off.
+        routed_scale: factor on the normalised routing weights.
+        balance_loss: coefficient of the sequence-wise balance loss (2412.19437 eq. 17-20).
+        max_seq_len: positions that the model may see (tokens).
+        init_gain: c of the initial standard deviation c / sqrt(fan_in).
+        embed_std: initial standard deviation of the embedding, the same at every width.
+        base: muP base shape.
+    """
+
+    vocab_size: int = 272
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    ffn_width: int = 384
+    first_dense: int = 1
+    experts: int = 8
+    experts_per_token: int = 2
+    expert_width: int = 96
+    shared_experts: int = 1
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    routed_scale: float = 1.0
+    balance_loss: float = 1e-4
+    max_seq_len: int = 256
+    rope_theta: float = 10_000.0
+    yarn: Yarn | None = None
+    norm_eps: float = 1e-6
+    init_gain: float = 1.0
+    embed_std: float = 1.0
+    base: Base = field(default_factory=Base)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "depth", "heads", "kv_lora_rank", "max_seq_len", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: must be even (rotations act on pairs)")
+        if not 0 <= self.first_dense <= self.depth:
+            raise ConfigError(f"model.first_dense={self.first_dense}: valid 0..depth={self.depth}")
+        if self.moe_layers:
+            self._check_routing()
+
+    def _check_routing(self) -> None:
+        groups, kept = self.expert_groups, self.groups_per_token
+        if self.experts % groups:
+            raise ConfigError(f"model.experts={self.experts} is not divisible by model.expert_groups={groups}")
+        if not 1 <= kept <= groups:
+            raise ConfigError(f"model.groups_per_token={kept}: valid 1..expert_groups={groups}")
+        if groups > 1 and self.experts // groups < 2:
+            raise ConfigError(
+                f"model.expert_groups={groups} leaves {self.experts // groups} expert a group; a group's score is the "
+                f"sum of its two best, so at least 2 are needed: type model.expert_groups={self.experts // 2} or fewer"
+            )
+        reachable = kept * self.experts // groups
+        if not 1 <= self.experts_per_token <= reachable:
+            raise ConfigError(
+                f"model.experts_per_token={self.experts_per_token}: valid 1..{reachable} "
+                f"(groups_per_token * experts / expert_groups)"
+            )
+        if self.shared_experts < 0:
+            raise ConfigError(f"model.shared_experts={self.shared_experts}: must be at least 0")
+
+    @property
+    def moe_layers(self) -> int:
+        return self.depth - self.first_dense
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def residual_scale(self) -> float:
+        """1 / m_L, the factor on every residual branch (CompleteP, 2505.01618, alpha = 1)."""
+        return self.base.depth / self.depth
+
+    def base_config(self) -> ModelConfig:
+        """The same architecture at muP's base width (depth enters only through `residual_scale` and eps)."""
+        scaled = ("width", "heads", "q_lora_rank", "kv_lora_rank", "ffn_width", "expert_width")
+        values = {n: v for n in scaled if (v := getattr(self.base, n)) is not None}
+        return replace(self, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` gives an equal config back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Builds a config from JSON values.
+
+        Raises:
+            ConfigError: for an unknown key, with the nearest valid names.
+        """
+        values = dict(values)
+        if values.get("yarn") is not None and not isinstance(values["yarn"], Yarn):
+            values["yarn"] = _from_mapping(Yarn, values["yarn"], "model.yarn.")
+        if values.get("base") is not None and not isinstance(values["base"], Base):
+            values["base"] = _from_mapping(Base, values["base"], "model.base.")
+        return _from_mapping(cls, values, "model.")
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    valid = {f.name for f in fields(cls)}
+    for key in values:
+        if key not in valid:
+            raise ConfigError(f"unknown key {prefix}{key}: {nearest(key, valid)}")
+    return cls(**values)

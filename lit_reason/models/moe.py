@@ -1,0 +1,160 @@
+"""Mixture of experts as in DeepSeek-V3 (2412.19437 eq. 12-20): sigmoid scores in float32, group-limited top-k on
+biased scores, weights from the unbiased ones, auxiliary-loss-free balancing.
+
+Shapes: N tokens (flattened), E experts, K chosen, D width, F expert width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.models.config import ModelConfig
+from lit_reason.models.layers import SwiGLU, compute_dtype, silu_mul
+
+
+@dataclass(slots=True)
+class Routing:
+    """What the router chose: `experts_NK` int64, `weights_NK` float32 (they sum to `routed_scale`), `scores_NE`."""
+
+    experts_NK: Tensor
+    weights_NK: Tensor
+    scores_NE: Tensor
+
+
+class Router(nn.Module):
+    """Scores the experts. Its weight and buffers stay float32 whatever `.to(dtype)` asks: a bias in bfloat16 cannot
+    take steps of 1e-3, and rounded scores choose other experts.
+
+    Buffers:
+        bias_E: added to the scores for selection only; moved by `update_bias`, never by a gradient.
+        load_E: assignments counted in training since the last update (in the checkpoint).
+    """
+
+    bias_E: Tensor
+    load_E: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.k, self.scale = config.experts_per_token, config.routed_scale
+        self.groups, self.kept_groups = config.expert_groups, config.groups_per_token
+        self.weight = nn.Parameter(torch.empty(config.experts, config.width))
+        self.register_buffer("bias_E", torch.zeros(config.experts))
+        self.register_buffer("load_E", torch.zeros(config.experts))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
+        kept = {name: tensor.detach() for name, tensor in self._tensors()}
+        super()._apply(fn, recurse)
+        for name, tensor in self._tensors():
+            if tensor.dtype != torch.float32:
+                tensor.data = kept[name].to(tensor.device)
+        return self
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [("weight", self.weight), ("bias_E", self.bias_E), ("load_E", self.load_E)]
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = torch.sigmoid(x_ND.float() @ self.weight.t())
+        experts_NK = self._select(scores_NE.detach() + self.bias_E)
+        chosen_NK = scores_NE.gather(1, experts_NK)
+        weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self.scale
+        return Routing(experts_NK, weights_NK, scores_NE)
+
+    def _select(self, biased_NE: Tensor) -> Tensor:
+        """Top-k of the experts in the best groups; a group scores the sum of its two best (eq. 16 with M groups)."""
+        if self.groups > 1:
+            grouped_NGM = biased_NE.unflatten(1, (self.groups, -1))
+            score_NG = grouped_NGM.topk(2, dim=-1).values.sum(-1)
+            kept = score_NG.topk(self.kept_groups, dim=-1).indices
+            dropped_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter_(1, kept, False)
+            biased_NE = grouped_NGM.masked_fill(dropped_NG[..., None], float("-inf")).flatten(1)
+        return biased_NE.topk(self.k, dim=-1).indices
+
+    @torch.no_grad()
+    def count(self, experts_NK: Tensor, valid_N: Tensor | None) -> None:
+        """Adds the assignments of valid tokens to `load_E`."""
+        flat = experts_NK if valid_N is None else experts_NK[valid_N]
+        self.load_E += torch.bincount(flat.flatten(), minlength=self.load_E.numel())
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """b_i += rate * sign(mean load - load_i), then the counters start anew (2408.15664)."""
+        if rate:
+            self.bias_E += rate * torch.sign(self.load_E.mean() - self.load_E)
+        self.load_E.zero_()
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts with stacked weights: `gate_up_EFD` (E, 2F, D), gate rows first, and `down_EDF` (E, D, F)."""
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """sum_k weight_k * expert_k(x), (N, D)."""
+        N, K = routing.experts_NK.shape
+        flat = routing.experts_NK.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.down.shape[0])
+        token = order // K
+        hidden = silu_mul(grouped_linear(x_ND[token], self.gate_up, counts))
+        out = grouped_linear(hidden, self.down, counts)
+        out = out * routing.weights_NK.flatten()[order, None].to(out.dtype)
+        return torch.zeros_like(x_ND, dtype=out.dtype).index_add(0, token, out)
+
+
+def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Row block e of `x_ND` (rows sorted by expert, `counts_E` of them each) times `weight_EFD[e]` transposed."""
+    dtype = compute_dtype(x_ND)
+    weight_EFD = weight_EFD.to(dtype)
+    blocks = x_ND.to(dtype).split(counts_E.tolist())
+    return torch.cat([block @ weight.t() for block, weight in zip(blocks, weight_EFD.unbind(0), strict=True)])
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts, which are neither scaled nor gated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config.experts, config.width, config.expert_width)
+        hidden = config.shared_experts * config.expert_width
+        self.shared = SwiGLU(config.width, hidden) if hidden else None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns the layer's output and, in training, its balance loss (before the coefficient).
+
+        Args:
+            x: (B, T, D) in training and prefill, (B, D) in decoding.
+            valid: bool (B, T), False for padding, which is left out of load and balance loss.
+        """
+        x_ND = x.flatten(0, -2)
+        routing = self.router(x_ND)
+        out = self.experts(x_ND, routing)
+        if self.shared is not None:
+            out = out + self.shared(x_ND)
+        balance = None
+        if self.training and torch.is_grad_enabled():
+            self.router.count(routing.experts_NK, None if valid is None else valid.flatten())
+            if x.dim() == 3:
+                balance = sequence_balance(routing.scores_NE.view(*x.shape[:2], -1), self.router.k, valid)
+        return out.view(x.shape), balance
+
+
+def sequence_balance(scores_BTE: Tensor, k: int, valid_BT: Tensor | None = None) -> Tensor:
+    """sum_i f_i P_i averaged over sequences; 1 when perfectly balanced (2412.19437 eq. 17-20, alpha left out).
+
+    f_i = E/(K T) * #{t: i in top-k of the *unbiased* scores}, P_i = mean_t s_it / sum_j s_jt.
+    """
+    E = scores_BTE.shape[-1]
+    valid = torch.ones_like(scores_BTE[..., :1]) if valid_BT is None else valid_BT[..., None].to(scores_BTE.dtype)
+    tokens_B1 = valid.sum(1).clamp_min(1)
+    chosen = torch.zeros_like(scores_BTE).scatter_(-1, scores_BTE.detach().topk(k, dim=-1).indices, 1.0)
+    f_BE = (chosen * valid).sum(1) * (E / k) / tokens_B1
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+    p_BE = (share_BTE * valid).sum(1) / tokens_B1
+    return (f_BE * p_BE).sum(-1).mean()
