@@ -1,0 +1,29 @@
+"""Problems, tokens and worked solutions: everything that comes before generation."""
+
+from lit_reason.data.chat import ChatTemplate, default_chat
+from lit_reason.data.cursor import PromptCursor
+from lit_reason.data.prompts import PromptData, load_prompts
+from lit_reason.data.questions import canonical, held_out, prompt_id
+from lit_reason.data.solvers import solve
+from lit_reason.data.sources import GSM8K, JSONL, ReasoningGym
+from lit_reason.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, check_fingerprint, load_tokenizer
+
+__all__ = [
+    "GSM8K",
+    "JSONL",
+    "ByteTokenizer",
+    "ChatTemplate",
+    "HFTokenizer",
+    "PromptCursor",
+    "PromptData",
+    "ReasoningGym",
+    "Tokenizer",
+    "canonical",
+    "check_fingerprint",
+    "default_chat",
+    "held_out",
+    "load_prompts",
+    "load_tokenizer",
+    "prompt_id",
+    "solve",
+]

@@ -1,0 +1,72 @@
+"""The chat template: how a question is put to the model, and how a worked solution is written.
+
+<|bos|><|user|>QUESTION<|assistant|>            the prompt
+<think>THOUGHT</think><answer>ANSWER</answer><|end|>   the completion
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lit_reason.data.tokenizer import ByteTokenizer, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """Tags around question, thought and answer; the defaults are single tokens of `ByteTokenizer`.
+
+    Example::
+
+        >>> ChatTemplate().render_prompt("1 + 2 =")
+        '<|bos|><|user|>1 + 2 =<|assistant|>'
+        >>> ChatTemplate().render_solution("1+2=3", "3")
+        '<think>1+2=3</think><answer>3</answer><|end|>'
+    """
+
+    before_question: str = "<|bos|><|user|>"
+    after_question: str = "<|assistant|>"
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    answer_open: str = "<answer>"
+    answer_close: str = "</answer>"
+    end: str = "<|end|>"
+
+    def render_prompt(self, question: str) -> str:
+        """The prompt as text, for people; models get `prompt_ids`."""
+        return f"{self.before_question}{question}{self.after_question}"
+
+    def render_solution(self, thought: str, answer: str) -> str:
+        """The completion as text, for people; models get `solution_ids`."""
+        think = f"{self.think_open}{thought}{self.think_close}"
+        return f"{think}{self.answer_open}{answer}{self.answer_close}{self.end}"
+
+    def prompt_ids(self, tokenizer: Tokenizer, question: str) -> list[int]:
+        """The prompt as ids; the question's own characters never become special tokens."""
+        return [
+            *tokenizer.encode(self.before_question, specials=True),
+            *tokenizer.encode(question),
+            *tokenizer.encode(self.after_question, specials=True),
+        ]
+
+    def solution_ids(self, tokenizer: Tokenizer, thought: str, answer: str) -> list[int]:
+        """The completion as ids, ending in the tokenizer's first stop token."""
+        return [
+            *tokenizer.encode(self.think_open, specials=True),
+            *tokenizer.encode(thought),
+            *tokenizer.encode(self.think_close + self.answer_open, specials=True),
+            *tokenizer.encode(answer),
+            *tokenizer.encode(self.answer_close, specials=True),
+            tokenizer.stop_ids[0],
+        ]
+
+
+def default_chat(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that fits: tags as single tokens for bytes, plain words around the question for any other."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return ChatTemplate()
+    bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
+    return ChatTemplate(
+        before_question=f"{bos}User: ",
+        after_question="\nAssistant: ",
+        end=tokenizer.decode([tokenizer.stop_ids[0]]),
+    )
