@@ -1,0 +1,113 @@
+"""The rubric: named rewards, one column each; faults are counted states, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+
+from lit_reason.errors import ConfigError, RewardError, nearest
+from lit_reason.rewards.base import Reward, RewardFault, fault_of
+from lit_reason.types import Completion, Prompt, RewardState, Scores
+
+
+class Rubric:
+    """Scores completions with every reward and keeps the columns apart.
+
+    Example::
+
+        >>> rubric = Rubric({"answer": AnswerExact(), "format": FormatExact(weight=0.2)})
+        >>> scores = rubric.score(prompts, completions)
+        >>> scores.names, scores.weights_R
+        (('answer', 'format'), tensor([1.0000, 0.2000]))
+
+    Args:
+        rewards: name -> reward, in the order of the columns.
+        weights: overrides of the rewards' own `weight`, by name.
+        max_fault_fraction: `score` raises when more than this fraction of one column's entries is not OK.
+
+    Attributes:
+        scored: completions scored so far, over all calls.
+        faults: `{name: {"ERROR": n, "TIMEOUT": n}}` so far, over all calls.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None = None,
+        max_fault_fraction: float = 0.01,
+    ) -> None:
+        if not rewards:
+            raise ConfigError("got no reward; valid: at least one, type e.g. 'reward=[answer,format]'")
+        for name in weights or {}:
+            if name not in rewards:
+                raise ConfigError(f"a weight is given for the unknown reward {name!r}: {nearest(name, rewards)}")
+        self.rewards = dict(rewards)
+        self.weights = {name: float((weights or {}).get(name, reward.weight)) for name, reward in rewards.items()}
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f"got weight {weight} for the reward {name!r}; valid: a finite number")
+        self.max_fault_fraction = max_fault_fraction
+        self.scored = 0
+        self.faults = {name: {"ERROR": 0, "TIMEOUT": 0} for name in rewards}
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        """The B x R scores of B (prompt, completion) pairs; raises `RewardError` when too many entries are faults."""
+        _check_pairs(prompts, completions)
+        values_BR = torch.full((len(prompts), len(self.rewards)), float("nan"), dtype=torch.float32)
+        states_BR = torch.full(values_BR.shape, int(RewardState.OK), dtype=torch.int64)
+        messages: dict[tuple[int, str], str] = {}
+        for column, (name, reward) in enumerate(self.rewards.items()):
+            for row, entry in enumerate(_call(reward, prompts, completions)):
+                if isinstance(entry, RewardFault):
+                    states_BR[row, column] = int(entry.state)
+                    messages[row, name] = entry.message
+                    self.faults[name][entry.state.name] += 1
+                else:
+                    values_BR[row, column] = entry
+        self.scored += len(prompts)
+        self._stop_if_too_many(messages, len(prompts))
+        weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float32)
+        return Scores(tuple(self.rewards), weights_R, values_BR, states_BR, messages)
+
+    def _stop_if_too_many(self, messages: Mapping[tuple[int, str], str], rows: int) -> None:
+        for name in self.rewards:
+            texts = [text for (_, of), text in messages.items() if of == name]
+            if len(texts) > self.max_fault_fraction * rows:
+                raise RewardError(
+                    f"reward {name!r} failed on {len(texts)} of {rows} completions "
+                    f"(allowed: {self.max_fault_fraction:.1%}); the first: {texts[0]}. Fix the reward or the data, "
+                    "or raise max_fault_fraction"
+                )
+
+
+def _check_pairs(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
+    if len(prompts) != len(completions):
+        raise RewardError(f"got {len(prompts)} prompts and {len(completions)} completions; pass one prompt for each")
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if prompt.id != completion.prompt_id:
+            raise RewardError(f"row {row}: the completion belongs to prompt {completion.prompt_id}, not {prompt.id}")
+
+
+def _call(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | RewardFault]:
+    try:
+        entries = list(reward(prompts, completions))
+    except Exception as error:  # whatever it is, it becomes a counted state of these rows
+        return [fault_of(error)] * len(prompts)
+    if len(entries) != len(prompts):
+        message = f"the reward returned {len(entries)} entries for {len(prompts)} completions"
+        return [RewardFault(RewardState.ERROR, message)] * len(prompts)
+    return [_checked(entry) for entry in entries]
+
+
+def _checked(entry: object) -> float | RewardFault:
+    if isinstance(entry, RewardFault):
+        if entry.state is RewardState.OK:
+            return RewardFault(RewardState.ERROR, f"the reward returned a fault with the state OK: {entry.message}")
+        return entry
+    if not isinstance(entry, Real):
+        return RewardFault(RewardState.ERROR, f"the reward returned {entry!r:.100}; valid: a float or a RewardFault")
+    value = float(entry)
+    return value if math.isfinite(value) else RewardFault(RewardState.ERROR, f"the reward returned {value}")

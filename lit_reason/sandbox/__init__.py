@@ -1,0 +1,9 @@
+"""The only place where model-written text may meet code that executes it.
+
+rewards -> Sandbox.score(payloads) -> worker process -> one forked child per payload -> Verdict
+"""
+
+from lit_reason.sandbox.pool import Sandbox
+from lit_reason.sandbox.verdict import Verdict
+
+__all__ = ["Sandbox", "Verdict"]
