@@ -107,5 +107,5 @@ def tiny():
         make_trainer(root, steps, callbacks, rng, **kwargs).fit(model, Cursor(), ckpt_path=ckpt_path)
         return model
 
-    run.Net = Net
+    run.Net, run.Cursor = Net, Cursor
     return run

@@ -43,6 +43,22 @@ def test_resume_is_exact_with_dropout(tmp_path, tiny, stop, accumulate):
     assert same(whole, resumed)
 
 
+def test_draws_between_loading_and_the_first_batch_do_no_harm(tmp_path, tiny):
+    """iter(DataLoader) draws a seed in the set-up of the fit, after the checkpoint is loaded."""
+
+    def drawing(self):
+        torch.rand(1)
+        return plain(self)
+
+    plain = tiny.Cursor.__iter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.Cursor, "__iter__", drawing)
+        whole = tiny(tmp_path / "whole", 10)
+        tiny(tmp_path / "half", 5, [ModelCheckpoint(tmp_path / "half", every_n_train_steps=5)])
+        resumed = tiny(tmp_path / "half", 10, ckpt_path=find_resume(tmp_path / "half"), seed=123)
+    assert same(whole, resumed)
+
+
 def test_dropout_makes_the_generator_matter(tmp_path, tiny):
     """The test above would pass without RNGState if nothing drew from the generator."""
     whole = tiny(tmp_path / "whole", 10)
