@@ -5,9 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_reason.checkpoint import find_resume, get_rng_state, set_rng_state
+from lit_reason.checkpoint import SafeCheckpointIO, find_resume, get_rng_state, set_rng_state
 
 
 def draws():
@@ -65,3 +66,24 @@ def test_dropout_makes_the_generator_matter(tmp_path, tiny):
     tiny(tmp_path / "half", 5, [ModelCheckpoint(tmp_path / "half", every_n_train_steps=5)])
     resumed = tiny(tmp_path / "half", 10, ckpt_path=find_resume(tmp_path / "half"), seed=123, rng=False)
     assert not same(whole, resumed)
+
+
+def test_every_rank_has_its_own_state(tmp_path, tiny):
+    """Two processes draw different dropout masks; each continues its own stream."""
+    ranks = {"devices": 2, "strategy": "ddp_fork"}
+    tiny(tmp_path / "whole", 6, [PerRank(), keep_all(tmp_path / "whole")], **ranks)
+    tiny(tmp_path / "half", 3, [PerRank(), keep_all(tmp_path / "half")], **ranks)
+    tiny(tmp_path / "half", 6, [keep_all(tmp_path / "half")], ckpt_path=find_resume(tmp_path / "half"), **ranks)
+    whole, half = (SafeCheckpointIO().load_checkpoint(tmp_path / name / "step=6.ckpt") for name in ("whole", "half"))
+    assert all(map(torch.equal, whole["state_dict"].values(), half["state_dict"].values()))
+    first, second = whole["callbacks"]["lit_reason.RNGState"]["ranks"]
+    assert not torch.equal(first["torch"], second["torch"])
+
+
+def keep_all(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+class PerRank(Callback):
+    def on_train_start(self, trainer, pl_module):
+        torch.manual_seed(1000 + trainer.global_rank)
