@@ -54,7 +54,8 @@ class Cursor:
 def make_trainer(root, steps, callbacks=(), rng=True, **kwargs):
     return Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, default_root_dir=root,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, plugins=[SafeCheckpointIO()],
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        plugins=[SafeCheckpointIO()],
         callbacks=[*callbacks, *([RNGState()] if rng else [])], **kwargs,
     )  # fmt: skip
 
