@@ -1,8 +1,8 @@
 """Numbers in text, read with regular expressions into exact fractions. Nothing is evaluated.
 
-Accepted: `5` `+5` `-5` `−5` (unicode minus) `5.` `5.0` `.5` `1,234` `1,234.50` `$5` `-$5` `$-5` `3/4` `70%`, and `1.5e3`
-when asked for. Not numbers: `1,23` (no such grouping), `007` (a code, not a quantity), `1/0`, `inf`, anything over 100
-characters. A percentage is a kind of its own: `70%` equals neither `70` nor `0.7`.
+Accepted: `5` `+5` `-5` `−5` (unicode minus) `5.` `5.0` `.5` `1,234` `1,234.50` `$5` `-$5` `$-5` `3/4` `70%`, and
+`1.5e3` when asked for. Not numbers: `1,23` (no such grouping), `007` (a code, not a quantity), `1/0`, `inf`, anything
+over 100 characters. A percentage is a kind of its own: `70%` equals neither `70` nor `0.7`.
 """
 
 from __future__ import annotations

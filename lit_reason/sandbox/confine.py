@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 
 NOBODY = 65534
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _SIGKILL = 1, 4, 9
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _SIGKILL = 1, 4, 8, 9
+_CAPABILITY_VERSION_3, _CAP_DAC_READ_SEARCH = 0x20080522, 1 << 2
 
 _REFUSED_PREFIXES = ("ctypes.", "fcntl.", "gc.", "mmap.", "os.", "pty.", "resource.", "shutil.", "signal.", "socket.")
 _REFUSED_PREFIXES += ("sqlite3.", "subprocess.", "tempfile.", "urllib.", "webbrowser.")
@@ -49,16 +50,26 @@ def limit(memory_bytes: int, cpu_s: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def drop_root() -> None:
-    """Become `nobody` when root, which no process limit holds; a container without that right stays as it is."""
+def drop_root(library: ctypes.CDLL | None) -> None:
+    """Become `nobody` when root, whom no process limit holds; a container without that right stays as it is.
+
+    Reading stays allowed (CAP_DAC_READ_SEARCH): a scorer's late import must not fail, unseen, on a private folder.
+    """
     if os.geteuid() != 0:
         return
     try:
+        if library is not None:
+            library.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     except OSError:
-        pass
+        return
+    if library is not None:
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+        sets = (ctypes.c_uint32 * 6)(_CAP_DAC_READ_SEARCH, _CAP_DAC_READ_SEARCH, 0, 0, 0, 0)  # effective, permitted
+        if library.capset(header, sets) != 0:
+            library.capset(header, (ctypes.c_uint32 * 6)())
 
 
 def audit_hook() -> tuple[Callable[[str, tuple], None], list[str]]:
@@ -94,7 +105,7 @@ def audit_hook() -> tuple[Callable[[str, tuple], None], list[str]]:
 def confine(library: ctypes.CDLL | None, memory_bytes: int, cpu_s: int) -> list[str]:
     """Lock this process down for good; returns the list that will hold the refused events."""
     limit(memory_bytes, cpu_s)
-    drop_root()
+    drop_root(library)
     die_with_parent(library)  # after drop_root: a change of user clears it
     if library is not None:
         library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

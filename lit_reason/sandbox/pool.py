@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import tempfile
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,25 @@ from lit_reason.types import RewardState
 CHUNK = 32
 Items = list[tuple[int, Mapping[str, Any]]]
 REASONING_GYM = Path(__file__).with_name("reasoning_gym_scorer.py")
+
+
+@dataclass
+class _Round:
+    """The state of one `score` call: what waits, who is busy, what is known."""
+
+    waiting: deque[Items]
+    busy: dict[int, Worker] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    suspects: set[int] = field(default_factory=set)
+
+    def give_up(self, items: Items, state: RewardState, message: str) -> None:
+        """Items whose worker failed are each tried once more, alone, so that only the guilty one is charged."""
+        for index, payload in reversed(items):
+            if index in self.suspects:
+                self.verdicts[index] = Verdict(state, message=message)
+            else:
+                self.suspects.add(index)
+                self.waiting.appendleft([(index, payload)])
 
 
 class Sandbox:
@@ -63,8 +84,8 @@ class Sandbox:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._idle: list[Worker] = []
-        self._folder: tempfile.TemporaryDirectory | None = None
-        self._finalizer = weakref.finalize(self, _kill_all, self._idle, self._pid)
+        self._folders: list[str] = []  # the workers' empty current folder, once there is one
+        self._finalizer = weakref.finalize(self, _clean_up, self._idle, self._folders, self._pid)
 
     def score(self, payloads: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict per payload, in their order; payloads must be JSON-able."""
@@ -75,48 +96,51 @@ class Sandbox:
             return self._score(payloads)
 
     def _score(self, payloads: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        verdicts: list[Verdict] = [Verdict(RewardState.ERROR, message="not scored")] * len(payloads)
         items = list(enumerate(payloads))
         size = max(1, min(CHUNK, -(-len(items) // self.workers)))
-        waiting = deque(items[start : start + size] for start in range(0, len(items), size))
-        busy: dict[int, Worker] = {}
+        todo = _Round(deque(items[start : start + size] for start in range(0, len(items), size)))
         try:
-            while waiting or busy:
-                while waiting and len(busy) < self.workers:
-                    self._hand_out(waiting, busy, verdicts)
-                self._collect(waiting, busy, verdicts)
+            while todo.waiting or todo.busy:
+                while todo.waiting and len(todo.busy) < self.workers:
+                    self._hand_out(todo)
+                self._collect(todo)
         finally:
-            for worker in busy.values():  # only when an exception passes through
+            for worker in todo.busy.values():  # only when an exception passes through
                 worker.kill()
-        return verdicts
+        return [todo.verdicts[index] for index in range(len(items))]
 
-    def _hand_out(self, waiting: deque[Items], busy: dict[int, Worker], verdicts: list[Verdict]) -> None:
-        items, worker = waiting.popleft(), self._take()
+    def _hand_out(self, todo: _Round) -> None:
+        items, worker = todo.waiting.popleft(), self._take()
         try:
             worker.send(items, self.timeout_s)
-        except (OSError, TypeError, ValueError) as error:  # the worker is gone, or a payload is not JSON-able
-            _give_up(worker, items, waiting, verdicts, RewardState.ERROR, f"{type(error).__name__}: {error}")
+        except OSError as error:
+            worker.kill()
+            todo.give_up(items, RewardState.ERROR, str(error))
+        except (TypeError, ValueError) as error:  # a payload that is not JSON-able: nothing was sent
+            self._idle.append(worker)
+            todo.give_up(items, RewardState.ERROR, f"{type(error).__name__}: {error}")
         else:
-            busy[worker.fd] = worker
+            todo.busy[worker.fd] = worker
 
-    def _collect(self, waiting: deque[Items], busy: dict[int, Worker], verdicts: list[Verdict]) -> None:
-        if not busy:
+    def _collect(self, todo: _Round) -> None:
+        if not todo.busy:
             return
-        left = min(worker.deadline for worker in busy.values()) - time.monotonic()
-        for fd in select.select(list(busy), [], [], max(0.0, left))[0]:
-            worker = busy[fd]
+        left = min(worker.deadline for worker in todo.busy.values()) - time.monotonic()
+        for fd in select.select(list(todo.busy), [], [], max(0.0, left))[0]:
+            worker = todo.busy[fd]
             try:
                 scored = worker.receive()
             except (OSError, EOFError) as error:
-                _give_up(busy.pop(fd), worker.items, waiting, verdicts, RewardState.ERROR, str(error))
+                todo.busy.pop(fd).kill()
+                todo.give_up(worker.items, RewardState.ERROR, str(error))
                 continue
             if scored is not None:
-                for (index, _), verdict in zip(worker.items, scored, strict=True):
-                    verdicts[index] = verdict
-                self._idle.append(busy.pop(fd))
-        for fd, worker in list(busy.items()):
+                todo.verdicts.update(zip((index for index, _ in worker.items), scored, strict=True))
+                self._idle.append(todo.busy.pop(fd))
+        for fd, worker in list(todo.busy.items()):
             if time.monotonic() > worker.deadline:
-                _give_up(busy.pop(fd), worker.items, waiting, verdicts, RewardState.TIMEOUT, "the worker itself hung")
+                todo.busy.pop(fd).kill()
+                todo.give_up(worker.items, RewardState.TIMEOUT, "the worker itself hung")
 
     def _take(self) -> Worker:
         while self._idle:
@@ -124,17 +148,14 @@ class Sandbox:
             if worker.alive:
                 return worker
             worker.kill()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lit_reason_sandbox_")
-        return Worker(self.scorer, self._folder.name, self.isolation, self.memory_mb, self.start_s)
+        if not self._folders:
+            self._folders.append(tempfile.mkdtemp(prefix="lit_reason_sandbox_"))
+        return Worker(self.scorer, self._folders[0], self.isolation, self.memory_mb, self.start_s)
 
     def close(self) -> None:
         """End all workers; a later `score` starts new ones."""
         with self._lock:
-            _kill_all(self._idle, self._pid)
-            if self._folder is not None:
-                self._folder.cleanup()
-                self._folder = None
+            _clean_up(self._idle, self._folders, self._pid)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -148,17 +169,10 @@ class Sandbox:
         return Sandbox, settings
 
 
-def _kill_all(workers: list[Worker], owner: int) -> None:
-    while workers and os.getpid() == owner:
+def _clean_up(workers: list[Worker], folders: list[str], owner: int) -> None:
+    if os.getpid() != owner:  # in a forked copy both belong to the parent
+        return
+    while workers:
         workers.pop().kill()
-
-
-def _give_up(
-    worker: Worker, items: Items, waiting: deque[Items], verdicts: list[Verdict], state: RewardState, message: str
-) -> None:
-    """End a failed worker; its items are tried again one by one, so that only the guilty one is charged."""
-    worker.kill()
-    if len(items) > 1:
-        waiting.extendleft([item] for item in reversed(items))
-    else:
-        verdicts[items[0][0]] = Verdict(state, message=message)
+    while folders:
+        shutil.rmtree(folders.pop(), ignore_errors=True)

@@ -13,6 +13,14 @@ from typing import Any
 import reasoning_gym
 
 _DATASETS: dict[str, Any] = {}
+# JSON has no tuples, and these tasks compare a grid of tuples with the entry's: lists would never be equal.
+_COMPARES_TUPLES = frozenset(["arc_agi", "rearc"])
+# Tasks of reasoning-gym 0.1.25 that raise these for an answer of the wrong form, where the others give 0.
+_RAISES_ON_MALFORMED: dict[str, tuple[type[Exception], ...]] = {
+    "boxnet": (AttributeError, TypeError),
+    "game_of_life": (KeyError,),
+    "prime_factorization": (ValueError,),
+}
 _CALL = re.compile(r"[^-+*/%,=<>(\[{ \t][ \t]*\(")
 
 
@@ -34,7 +42,7 @@ def shareable(payload: dict) -> bool:
         >>> [shareable({"answer": a}) for a in ("(94 - 61)*4", "9**9**9", "exit()", "[np:=0 for _ in [1]]")]
         [True, True, False, False]
     """
-    answer = payload["answer"]
+    answer = str(payload["answer"])
     return ":=" not in answer and _CALL.search(answer) is None
 
 
@@ -45,9 +53,20 @@ def prepare(payload: dict) -> None:
     key = _key(payload)
     _DATASETS[key] = reasoning_gym.create_dataset(payload["dataset"], **(payload.get("config") or {}))
     with contextlib.suppress(Exception):  # a warm-up; what fails here fails again, and visibly, in the child
-        _DATASETS[key].score_answer(payload["entry"]["answer"], payload["entry"])
+        score({**payload, "answer": payload["entry"]["answer"]})
 
 
 def score(payload: dict) -> float:
     """The task's own score of the answer, usually in [0, 1]."""
-    return float(_DATASETS[_key(payload)].score_answer(payload["answer"], payload["entry"]))
+    name, entry = payload["dataset"], payload["entry"]
+    entry = {**entry, "metadata": _tuples(entry["metadata"])} if name in _COMPARES_TUPLES else entry
+    try:
+        return float(_DATASETS[_key(payload)].score_answer(payload["answer"], entry))
+    except _RAISES_ON_MALFORMED.get(name, ()):
+        return 0.0
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
