@@ -257,27 +257,53 @@ def test_bad_settings(scorer):
         Sandbox(scorer, isolation="limit").score([{"code": "1"}])
 
 
-@pytest.mark.parametrize("how", ["exit", "SIGKILL"])
-def test_no_orphan_and_no_folder_survives(scorer, tmp_path, how):
-    ending = "" if how == "exit" else "os.kill(os.getpid(), 9)"
-    script = f"""
-        import os
+def run_script(body, scorer, tmp_path):
+    """Run a Python script that prints process ids; (exit code, pids)."""
+    head = f"""
+        import os, threading, time
+        from pathlib import Path
         from lit_reason.sandbox import Sandbox
-        pool = Sandbox({str(scorer)!r}, isolation="limits")
+        pool = Sandbox({str(scorer)!r}, timeout_s=30, isolation="limits")
         pool.score([{{"code": "1"}}])
-        print(pool._idle[0]._process.pid, flush=True)
-        {ending}
+        worker = pool._idle[0]._process.pid
     """
     environment = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
+    command = [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(body)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-    pid = int(ended.stdout)
-    deadline = time.monotonic() + 1.0
-    while _alive(pid) and time.monotonic() < deadline:
+    return ended.returncode, [int(pid) for pid in ended.stdout.split()]
+
+
+def all_gone(pids, within_s=1.0):
+    deadline = time.monotonic() + within_s
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not _alive(pid)
-    if how == "exit":
-        assert ended.returncode == 0 and list(tmp_path.iterdir()) == []
+    return not any(map(_alive, pids))
+
+
+def test_at_exit_neither_process_nor_folder_is_left(scorer, tmp_path):
+    code, pids = run_script("print(worker)", scorer, tmp_path)
+    assert code == 0 and len(pids) == 1 and all_gone(pids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_orphan_survives_a_killed_trainer(scorer, tmp_path):
+    # While an item is being scored; a forked copy of the trainer, like a data worker, holds the pipes open.
+    body = """
+        threading.Thread(target=pool.score, args=([{"code": "time.sleep(30)"}],), daemon=True).start()
+        time.sleep(0.3)
+        copy = os.fork()
+        if copy == 0:
+            os.closerange(1, 3)
+            time.sleep(30)
+        children = Path(f"/proc/{worker}/task/{worker}/children").read_text()
+        print(copy, worker, children, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    code, (copy_pid, *pids) = run_script(body, scorer, tmp_path)
+    try:
+        assert code == -signal.SIGKILL and len(pids) == 2 and all_gone(pids)
+    finally:
+        os.kill(copy_pid, signal.SIGKILL)
 
 
 def _alive(pid):
