@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "scripts" / "bench"
 
 RUN_LIMIT_S = 900.0
+SWEEP_TRIALS = 2  # the faster of two counts: one trial that another process disturbed must not decide
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,22 @@ class Side:
     axes: dict[str, list[Any]]
 
 
-LIT = Side("lit_reason", "lit_side.py", {"micro_batch": 64}, {"micro_batch": [32, 64, 128, 256]})
+LIT = Side("lit_reason", "lit_side.py", {"micro_batch": 64}, {"micro_batch": [64, 32, 128, 256]})
 TRL = Side(
     "trl",
     "trl_side.py",
-    {"precision": "bf16", "experts": "grouped_mm", "attention": "eager", "micro_batch": 256, "checkpointing": False},
     {
-        "precision": ["bf16", "bf16-mixed"],
+        "precision": "bf16-mixed",
+        "experts": "grouped_mm",
+        "attention": "eager",
+        "micro_batch": 128,
+        "checkpointing": False,
+    },
+    {
+        "precision": ["bf16-mixed", "bf16"],
         "experts": ["grouped_mm", "eager"],
         "attention": ["eager", "sdpa"],
-        "micro_batch": [256, 128, 64],
+        "micro_batch": [128, 64, 256],
         "checkpointing": [False, True],
     },
 )
@@ -94,7 +101,9 @@ def sweep(python: Path, side: Side, work: Work) -> tuple[dict[str, Any], list[di
     def speed(settings: dict[str, Any]) -> float:
         known = next((t for t in trials if t["settings"] == settings), None)
         if known is None:
-            measured = run_side(python, side, work, settings)
+            measured = max(
+                (run_side(python, side, work, settings) for _ in range(SWEEP_TRIALS)), key=lambda r: r["tokens_per_s"]
+            )
             known = {"settings": settings, **{k: measured[k] for k in ("tokens_per_s", "peak_rss_mib")}}
             trials.append(known)
             print(f"  {side.name} {settings}: {known['tokens_per_s']:,.0f} tokens/s", flush=True)

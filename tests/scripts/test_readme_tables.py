@@ -1,0 +1,64 @@
+"""The README's generated tables are what the code and the benchmark files say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "readme_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_is_in_step(tables):
+    text = (ROOT / "README.md").read_text()
+    assert tables.fill(text) == text, "type: python scripts/readme_tables.py"
+
+
+def test_fill_replaces_what_is_stale(tables):
+    text = (ROOT / "README.md").read_text()
+    stale = text.replace("verifier errors and time-outs", "something else")
+    assert stale != text
+    assert tables.fill(stale) == text
+
+
+def test_missing_markers_are_an_error(tables):
+    with pytest.raises(SystemExit, match="metrics"):
+        tables.fill("no markers here")
+
+
+def test_speed_table_states_median_and_extremes(tables):
+    def side(tokens: float) -> dict:
+        three = {"min": 1.0, "median": 2.0, "max": 3.0}
+        return {
+            "tokens_per_s": {"min": tokens - 10, "median": tokens, "max": tokens + 10},
+            "step_s": three,
+            "generate_s": three,
+            "peak_rss_mib": three,
+        }
+
+    record = {
+        "date": "2026-01-02 03:04:05 +0000",
+        "machine": {"cpu": "Some CPU"},
+        "work": {"threads": 2},
+        "runs": {"trl": [{"versions": {"trl": "1.0", "transformers": "5.0", "torch": "2.0"}}]},
+        "summary": {
+            "lit_reason": side(30_000.0),
+            "trl": side(10_000.0),
+            "ratio_tokens_per_s": {"min": 2.5, "median": 3.0, "max": 3.5},
+            "ratio_peak_rss_mib": {"min": 0.5, "median": 0.6, "max": 0.7},
+        },
+    }
+    table = tables.speed_table(record)
+    assert "| completion tokens/s | 30,000 (29,990 to 30,010) | 10,000 (9,990 to 10,010) |" in table
+    assert "**3.00 (2.50 to 3.50)**" in table
+    assert "2026-01-02, Some CPU, 2 threads, TRL 1.0" in table
