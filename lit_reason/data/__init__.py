@@ -2,6 +2,9 @@
 
 from lit_reason.data.chat import ChatTemplate, default_chat
 from lit_reason.data.cursor import PromptCursor
+from lit_reason.data.datamodule import SFTData, TextData
+from lit_reason.data.loader import CursorLoader
+from lit_reason.data.priming import priming
 from lit_reason.data.prompts import PromptData, load_prompts
 from lit_reason.data.questions import canonical, held_out, prompt_id
 from lit_reason.data.solvers import solve
@@ -13,10 +16,13 @@ __all__ = [
     "JSONL",
     "ByteTokenizer",
     "ChatTemplate",
+    "CursorLoader",
     "HFTokenizer",
     "PromptCursor",
     "PromptData",
     "ReasoningGym",
+    "SFTData",
+    "TextData",
     "Tokenizer",
     "canonical",
     "check_fingerprint",
@@ -24,6 +30,7 @@ __all__ = [
     "held_out",
     "load_prompts",
     "load_tokenizer",
+    "priming",
     "prompt_id",
     "solve",
 ]

@@ -44,7 +44,7 @@ def solve(prompt: Prompt, style: str = "steps") -> tuple[str, str] | None:
 
 def solve_expression(prompt: Prompt, write: Writer) -> Solution:
     """chain_sum, basic_arithmetic: running totals in the order of evaluation."""
-    text = _fact(prompt, "expression") or _find_expression(prompt.question)
+    text = fact(prompt, "expression") or _find_expression(prompt.question)
     lines, value = reduce_expression(text, write)
     return lines or [str(value)], str(value)
 
@@ -54,7 +54,7 @@ def solve_product(prompt: Prompt, write: Writer) -> Solution:
 
     `205 * 38` reads `205*8=1640`, `205*30=6150`, `1640+6150=7790`.
     """
-    text = _fact(prompt, "expression") or _find_expression(prompt.question)
+    text = fact(prompt, "expression") or _find_expression(prompt.question)
     factors = [int(part) for part in text.split("*")]
     lines, total = [], factors[0]
     for factor in factors[1:]:
@@ -109,7 +109,7 @@ def solve_lcm(prompt: Prompt, write: Writer) -> Solution:
 def solve_countdown(prompt: Prompt, write: Writer) -> Solution:
     """countdown: the reference expression, worked out to the target; the answer is the expression."""
     lines, value = reduce_expression(prompt.answer, write, exact=True)
-    target = _fact(prompt, "target")
+    target = fact(prompt, "target")
     if target is not None and value != int(target):
         raise DataError(f"the reference {prompt.answer!r} makes {value}, not the target {target}")
     return lines, prompt.answer
@@ -125,7 +125,7 @@ SOLVERS: dict[str, Callable[[Prompt, Writer], Solution]] = {
 }
 
 
-def _fact(prompt: Prompt, key: str) -> Any:
+def fact(prompt: Prompt, key: str) -> Any:
     """A value of the reasoning-gym entry's metadata; None where the prompt has no entry."""
     entry = prompt.meta.get("reasoning_gym", {}).get("entry", {})
     return entry.get("metadata", {}).get(key)
@@ -139,7 +139,7 @@ def _find_expression(question: str) -> str:
 
 
 def _numbers(prompt: Prompt) -> list[int]:
-    numbers = _fact(prompt, "numbers") or re.findall(r"\d+", prompt.question)
+    numbers = fact(prompt, "numbers") or re.findall(r"\d+", prompt.question)
     if not numbers:
         raise DataError(f"no numbers in the question {prompt.question!r}")
     return [int(number) for number in numbers]

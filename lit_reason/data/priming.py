@@ -1,0 +1,40 @@
+"""Worked solutions as token pairs, for supervised priming."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lit_reason.data.chat import ChatTemplate
+from lit_reason.data.solvers import SOLVERS, solve
+from lit_reason.data.tokenizer import Tokenizer
+from lit_reason.errors import DataError
+from lit_reason.types import Prompt
+
+Pair = tuple[list[int], list[int]]
+
+
+def priming(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTemplate | None = None, style: str = "steps"
+) -> list[Pair]:
+    """(prompt ids, completion ids) of each prompt, in order; the completion ends in the stop token.
+
+    The thought is the prompt's own `meta["thought"]` where it has one (GSM8K, a user's JSONL with a thought field),
+    else a solver's. A prompt that has neither is an error: a priming set must not shrink in silence.
+    """
+    chat = chat or ChatTemplate()
+    pairs: list[Pair] = []
+    unsolved: Counter[str] = Counter()
+    for prompt in prompts:
+        solution = solve(prompt, style)
+        if solution is None:
+            unsolved[prompt.source] += 1
+            continue
+        pairs.append((chat.prompt_ids(tokenizer, prompt.question), chat.solution_ids(tokenizer, *solution)))
+    if unsolved:
+        counts = ", ".join(f"{n} of {source}" for source, n in sorted(unsolved.items()))
+        raise DataError(
+            f"no worked solution for {counts}. Solvers exist for: {', '.join(sorted(SOLVERS))}. "
+            'For other problems give a JSONL with "question", "thought" and "answer" (lit_reason.data.JSONL).'
+        )
+    return pairs
