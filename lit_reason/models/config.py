@@ -18,7 +18,7 @@ class Yarn:
         original_max_seq_len: length that the unscaled rotary embedding was trained on (tokens).
         beta_fast, beta_slow: rotations over the original length between which the ramp interpolates.
         mscale, mscale_all_dim: attention-temperature coefficients; cos and sin are multiplied by
-            `m(mscale) / m(mscale_all_dim)` and the softmax scale by `m(mscale_all_dim)**2`, m(c) = 0.1 c ln(factor) + 1.
+            `m(mscale) / m(mscale_all_dim)`, the softmax scale by `m(mscale_all_dim)**2`; m(c) = 0.1 c ln(factor) + 1.
     """
 
     factor: float = 40.0

@@ -96,7 +96,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """sum_k weight_k * expert_k(x), (N, D)."""
-        N, K = routing.experts_NK.shape
+        K = routing.experts_NK.shape[1]
         flat = routing.experts_NK.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.down.shape[0])

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm
 from lit_reason.models.moe import Experts, Router
 
@@ -84,23 +85,24 @@ def _our_roles(model: nn.Module) -> dict[str, Role]:
     with torch.device("meta"):
         base_shapes = {name: p.shape for name, p in Transformer(config.base_config()).named_parameters()}
     m, depth = config.width / config.base.width, config.depth / config.base.depth
-    kinds = _kinds(model)
     roles = {}
-    for name, parameter in model.named_parameters():
-        kind = kinds[name]
-        fan_in = parameter.shape[-1]
-        ratio = fan_in / base_shapes[name][-1]
-        fan_in_std = config.init_gain / math.sqrt(fan_in)
-        block_eps = 1 / (m * depth)
-        roles[name] = {
-            "embedding": lambda: Role("embedding", config.embed_std, 1.0, 0.0, 1 / m),
-            "norm": lambda: Role("norm", None, 1.0, 0.0, block_eps if name.startswith("blocks.") else 1 / m),
-            "hidden": lambda: Role("hidden", fan_in_std, 1 / ratio, ratio, block_eps),
-            "router": lambda: Role("router", fan_in_std, 1 / ratio, ratio, block_eps),
-            "expert": lambda: Role("expert", fan_in_std, 1 / ratio, ratio, block_eps),
-            "head": lambda: Role("head", config.init_gain * math.sqrt(config.base.width) / fan_in, 1 / ratio, ratio, 1.0),
-        }[kind]()
+    for name, kind in _kinds(model).items():
+        shape = model.get_parameter(name).shape
+        eps = 1 / (m * depth) if name.startswith("blocks.") else 1 / m
+        roles[name] = _role(kind, config, fan_in=shape[-1], base_fan_in=base_shapes[name][-1], eps=eps)
     return roles
+
+
+def _role(kind: str, config: ModelConfig, fan_in: int, base_fan_in: int, eps: float) -> Role:
+    """The table's row `kind` for a matrix of this fan-in."""
+    if kind == "embedding":
+        return Role(kind, config.embed_std, 1.0, 0.0, eps)
+    if kind == "norm":
+        return Role(kind, None, 1.0, 0.0, eps)
+    ratio = fan_in / base_fan_in
+    if kind == "head":
+        return Role(kind, config.init_gain * math.sqrt(base_fan_in) / fan_in, 1 / ratio, ratio, 1.0)
+    return Role(kind, config.init_gain / math.sqrt(fan_in), 1 / ratio, ratio, eps)
 
 
 _KIND_OF: list[tuple[type[nn.Module], str]] = [

@@ -38,7 +38,9 @@ class Block(nn.Module):
         return self._feed_forward(x, None)[0]
 
     def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        out, balance = self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        out, balance = (
+            self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        )
         return x + self.scale * out, balance
 
 
@@ -90,9 +92,7 @@ class Transformer(nn.Module):
         """logits_BTV."""
         return self.head(self.hidden(input_ids_BT).states_BTD)
 
-    def hidden(
-        self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: LatentCache | None = None
-    ) -> Hidden:
+    def hidden(self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: LatentCache | None = None) -> Hidden:
         """Everything but the head.
 
         Args:
@@ -102,7 +102,9 @@ class Transformer(nn.Module):
         """
         T = input_ids_BT.shape[1]
         if self.config.max_seq_len < T:
-            raise ConfigError(f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)")
+            raise ConfigError(
+                f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)"
+            )
         x = self.embed(input_ids_BT)
         balance = x.new_zeros((), dtype=torch.float32)
         for i, block in enumerate(self.blocks):

@@ -1,0 +1,35 @@
+"""Parameter groups from roles: never from a parameter's name or number of dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lit_reason.models.mup import Role, parameter_roles
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, eps: float) -> list[dict[str, Any]]:
+    """One AdamW group for each distinct (role, multipliers) among the trainable parameters.
+
+    Every group carries `name`, its role, with the learning-rate multiplier where a role has several
+    (`"hidden/lr x0.5"`), so that logs and schedules can tell them apart.
+    """
+    roles = parameter_roles(model)
+    members: dict[Role, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role = roles[name]
+            key = Role(role.kind, None, role.lr, role.weight_decay, role.eps)
+            members.setdefault(key, []).append(parameter)
+    kinds = [role.kind for role in members]
+    return [
+        {
+            "name": role.kind if kinds.count(role.kind) == 1 else f"{role.kind}/lr x{role.lr:g} eps x{role.eps:g}",
+            "params": parameters,
+            "lr": lr * role.lr,
+            "weight_decay": weight_decay * role.weight_decay,
+            "eps": eps * role.eps,
+        }
+        for role, parameters in members.items()
+    ]
