@@ -19,10 +19,11 @@ Collate = Callable[[Sequence[int]], TokenBatch]
 
 
 class CursorLoader:
-    """Batches of shuffled items; iterating goes on from where the cursor stands to the end of the epoch.
+    """Batches of shuffled items: one pass gives `len(loader)` batches from where the cursor stands.
 
     Every batch is full: the few items that do not fill one are left out of this epoch (each epoch has another order).
-    A loop left early (`break`, `limit_train_batches`) goes on in the same epoch when it is entered again.
+    A pass that is left early (`break`, `limit_train_batches`, a resumed run) does not start the epoch anew: the next
+    pass goes on behind the last batch handed out, and on into the next epoch.
 
     Args:
         size: number of items.
@@ -57,10 +58,12 @@ class CursorLoader:
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        if self.index >= len(self):
-            self.epoch, self.index = self.epoch + 1, 0
-        order = epoch_order(self.size, self.seed, self.epoch, self.shuffle)
-        while self.index < len(self):
+        order = None
+        for _ in range(len(self)):
+            if self.index >= len(self):
+                self.epoch, self.index, order = self.epoch + 1, 0, None
+            if order is None:
+                order = epoch_order(self.size, self.seed, self.epoch, self.shuffle)
             start = (self.index * self.world_size + self.rank) * self.batch_size
             # counted before it is handed out: a checkpoint taken while this batch trains must not repeat it
             self.index += 1

@@ -11,18 +11,22 @@ from torch import Tensor
 from lit_reason.models.config import ModelConfig
 
 
+SLOTS = 16  # positions are read in multiples of this, so that decoding meets few shapes (see `layers.round_up`)
+
+
 class LatentCache:
     """Latents of B sequences. `layers[l]` is (B, S, C): the normalised latent first, then the rotated key.
 
     Args:
         config: the model's shape.
         rows: B.
-        capacity: S, the most positions that a row may hold (tokens).
+        capacity: the most positions that a row may hold (tokens); S is this rounded up to a multiple of `SLOTS`.
     """
 
     def __init__(
         self, config: ModelConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
+        capacity = -(-capacity // SLOTS) * SLOTS
         channels = config.kv_lora_rank + config.qk_rope_head_dim
         self.layers: list[Tensor] = [
             torch.zeros(rows, capacity, channels, dtype=dtype, device=device) for _ in range(config.depth)

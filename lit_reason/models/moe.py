@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.models.config import ModelConfig
-from lit_reason.models.layers import SwiGLU, compute_dtype, silu_mul
+from lit_reason.models.layers import SwiGLU, compute_dtype, round_up, silu_mul
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts with stacked weights: `gate_up_EFD` (E, 2F, D), gate rows first, and `down_EDF` (E, D, F)."""
+    """E SwiGLU experts with stacked weights: `gate_up` (E, 2F, D), gate rows first, and `down` (E, D, F)."""
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -95,24 +95,37 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """sum_k weight_k * expert_k(x), (N, D)."""
-        K = routing.experts_NK.shape[1]
-        flat = routing.experts_NK.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.down.shape[0])
-        token = order // K
-        hidden = silu_mul(grouped_linear(x_ND[token], self.gate_up, counts))
-        out = grouped_linear(hidden, self.down, counts)
-        out = out * routing.weights_NK.flatten()[order, None].to(out.dtype)
-        return torch.zeros_like(x_ND, dtype=out.dtype).index_add(0, token, out)
+        """sum_k weight_k * expert_k(x), (N, D): tokens are dealt to E blocks of C slots, one batched product each."""
+        E, D = self.down.shape[0], x_ND.shape[1]
+        N, K = routing.experts_NK.shape
+        dtype = compute_dtype(x_ND)
+        slot_NK, token_EC = deal(routing.experts_NK, E)
+        x_ECD = x_ND.to(dtype).index_select(0, token_EC).view(E, -1, D)
+        hidden_ECF = silu_mul(torch.bmm(x_ECD, self.gate_up.to(dtype).transpose(1, 2)))
+        out_ECD = torch.bmm(hidden_ECF, self.down.to(dtype).transpose(1, 2))
+        chosen_NKD = out_ECD.flatten(0, 1).index_select(0, slot_NK.flatten()).view(N, K, D)
+        return torch.bmm(routing.weights_NK[:, None].to(dtype), chosen_NKD).squeeze(1)
 
 
-def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """Row block e of `x_ND` (rows sorted by expert, `counts_E` of them each) times `weight_EFD[e]` transposed."""
-    dtype = compute_dtype(x_ND)
-    weight_EFD = weight_EFD.to(dtype)
-    blocks = x_ND.to(dtype).split(counts_E.tolist())
-    return torch.cat([block @ weight.t() for block, weight in zip(blocks, weight_EFD.unbind(0), strict=True)])
+def deal(experts_NK: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Gives every (token, choice) a slot of its expert's block; no token is ever dropped.
+
+    Returns:
+        slot_NK: index into the E * C slots.
+        token_EC: (E * C,), which token a slot reads; an empty slot reads token 0 and is read by nobody.
+    """
+    N, K = experts_NK.shape
+    flat = experts_NK.flatten()
+    order = flat.argsort(stable=True)
+    counts_E = torch.bincount(flat, minlength=E)
+    capacity = round_up(int(counts_E.max()))
+    shift_E = torch.arange(E, device=flat.device) * capacity - (counts_E.cumsum(0) - counts_E)
+    slot = torch.arange(N * K, device=flat.device) + shift_E[flat[order]]
+    token_EC = torch.zeros(E * capacity, dtype=torch.int64, device=flat.device)
+    token_EC[slot] = order // K
+    slot_NK = torch.empty_like(flat)
+    slot_NK[order] = slot
+    return slot_NK.view(N, K), token_EC
 
 
 class MoE(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models import Transformer
+from lit_reason.models.layers import round_up
 from lit_reason.rollout.engine import OnProgress, Progress
 from lit_reason.rollout.sampling import Sampling, draw, uniforms
 from lit_reason.types import Completion, Prompt
@@ -147,8 +148,8 @@ class BuiltinEngine:
             meter.update(tokens=row.numel(), finished=B - live)
             if live == 0 or step + 1 == steps:
                 break
-            if live < _COMPACT_BELOW * row.numel():
-                kept = alive.nonzero().squeeze(1)
+            if round_up(live) < _COMPACT_BELOW * row.numel():
+                kept = (~alive).argsort(stable=True)[: round_up(live)]
                 cache.select(kept)
                 row, length, token, position = row[kept], length[kept], token[kept], position[kept]
                 alive = alive[kept]
