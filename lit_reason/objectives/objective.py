@@ -92,6 +92,11 @@ class Objective:
         return self._kl.weight != 0
 
     @property
+    def needs_old(self) -> bool:
+        """Whether `advantages` must be given the sampling policy's log-probs, even with one update per round."""
+        return self.needs_ref and self._kl.place == "reward"
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether `loss` must be given `entropy_BT` with its gradient."""
         return self.entropy_coef != 0
@@ -129,7 +134,7 @@ class Objective:
         # float64: the statistics are over few numbers, and rounding of equal sums must not look like a signal.
         rewards_BR = rewards_BR.double().masked_fill(~valid_B[:, None], 0)
         weights_R = weights_R.double()
-        if self.needs_ref and self._kl.place == "reward":
+        if self.needs_old:
             kl_B = self._sequence_kl(old_logprobs_BT, ref_logprobs_BT, mask_BT)
             rewards_BR = torch.cat([rewards_BR, -kl_B[:, None]], dim=1)
             weights_R = torch.cat([weights_R, weights_R.new_tensor([self._kl.weight])])
@@ -176,17 +181,20 @@ class Objective:
         return self._kl.estimator(old_BT, ref_BT, torch.ones_like(old_BT)).detach().sum(dim=1)
 
 
-def check_group_size(objective: Objective, group_size: int) -> None:
+def check_group_size(objective: Objective, group_size: int, key: str = "group_size") -> None:
     """Refuse a group that the objective cannot learn from: alone in its group, a completion has advantage 0.
+
+    Args:
+        key: what the user types to set it, for the message.
 
     Raises:
         ConfigError: fewer completions per prompt than the advantage compares.
     """
     if group_size < objective.min_group_size:
         raise ConfigError(
-            f"group_size: got {group_size}; valid: {objective.min_group_size} or more, because advantage "
+            f"{key}: got {group_size}; valid: {objective.min_group_size} or more, because advantage "
             f"{objective.advantage_name!r} compares the completions of one prompt with each other (alone, every "
-            "advantage is 0 and nothing is learnt). Set the loop's group_size=8"
+            f"advantage is 0 and nothing is learnt). Type {key}=8"
         )
 
 

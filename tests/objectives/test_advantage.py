@@ -1,0 +1,133 @@
+"""Groups without signal, groups of one, failed rewards, and what the weights act on."""
+
+import math
+
+import pytest
+import torch
+
+from lit_reason.errors import NonFiniteError
+from lit_reason.objectives import ADVANTAGES, Objective
+
+SETTINGS = {
+    "group_mean": {},
+    "group_norm": {"eps": 1e-4, "ddof": 1},
+    "gdpo": {"eps": 1e-4, "ddof": 1, "batch_norm": "sequence", "batch_eps": 1e-4},
+}
+
+
+def call(name, rewards, groups, valid=None, dtype=torch.float64, weights=(1.0,), **settings):
+    rewards_BR = torch.tensor(rewards, dtype=dtype).reshape(len(groups), -1)
+    valid_B = torch.ones(len(groups), dtype=torch.bool) if valid is None else torch.tensor(valid)
+    mask_BT = torch.ones(len(groups), 2, dtype=dtype)
+    weights_R = torch.tensor(weights, dtype=dtype)
+    return ADVANTAGES[name](
+        rewards_BR, weights_R, torch.tensor(groups), valid_B, mask_BT, **(SETTINGS[name] | settings)
+    )
+
+
+def objective(name, **settings):
+    return Objective({"name": name} | SETTINGS[name] | settings, "token", "none", "token_mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("group_norm", "grpo_eps1e4"), ("group_mean", "dr_grpo"), ("gdpo", "gdpo_trl")]
+)
+def test_zero_variance_groups(golden, name, key):
+    """The reference's GDPO vectors are for two equal reward columns."""
+    case = golden("edge_cases.json")["cases"]["zero_std_groups"]
+    columns = 2 if name == "gdpo" else 1
+    got = call(name, [[r] * columns for r in case["rewards"]], case["groups"], weights=(1.0,) * columns)
+    torch.testing.assert_close(got, torch.tensor(case[key], dtype=torch.float64), atol=1e-12, rtol=0)
+    assert (got[:8].abs() < 1e-15).all()
+
+
+def test_token_batch_norm_gives_flat_groups_an_advantage(golden):
+    """The trap of the length-weighted mean, as the reference has it."""
+    case = golden("edge_cases.json")["cases"]["zero_std_groups"]
+    mask_BT = torch.tensor(golden("batch_main.json")["inputs"]["mask"], dtype=torch.float64)
+    got_BT = objective("gdpo", eps=1e-6, batch_norm="token", batch_eps=1e-8).advantages(
+        torch.tensor(case["rewards"])[:, None].expand(-1, 2), torch.ones(2), torch.tensor(case["groups"]), mask_BT
+    )
+    expected_BT = torch.tensor(case["gdpo_verl_tokens"], dtype=torch.float64)
+    torch.testing.assert_close(got_BT * mask_BT, expected_BT, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, 6, 7])
+@pytest.mark.parametrize("name", ["group_norm", "gdpo"])
+def test_equal_rewards_are_exactly_zero_even_without_eps(name, size, dtype):
+    """The float32 mean of seven 0.1 is off by 7e-9: divided by eps 1e-9 it would be 0.82."""
+    extra = {"batch_eps": 0.0} if name == "gdpo" else {}
+    for eps in (0.0, 1e-9):
+        got = call(name, [0.1] * size + [0.0, 1.0], [5] * size + [2, 2], dtype=dtype, eps=eps, **extra)
+        assert (got[:size] == 0).all()
+        assert (got[size:] != 0).all()
+
+
+def test_group_of_one(golden):
+    case = golden("edge_cases.json")["cases"]["group_of_one"]
+    got = call("group_norm", case["rewards"], case["groups"])
+    torch.testing.assert_close(got, torch.tensor(case["recommended_grpo"], dtype=torch.float64), atol=1e-12, rtol=0)
+    for name in ADVANTAGES:
+        assert call(name, case["rewards"], case["groups"])[0] == 0
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_failed_row_counts_in_no_statistic(name):
+    """NaN rows get 0, and the others are what they are without them."""
+    rewards, groups = [1.0, 0.0, 0.25, 3.0, 1.0, 2.0, 5.0], [7, 7, 7, 7, 3, 3, 3]
+    failed = [False, False, True, False, False, True, False]
+    with_nan = [[math.nan] if bad else [r] for r, bad in zip(rewards, failed, strict=True)]
+    weights_R, mask_BT = torch.ones(1), torch.ones(7, 4)
+    got_BT = objective(name).advantages(
+        torch.tensor(with_nan), weights_R, torch.tensor(groups), mask_BT, valid_B=~torch.tensor(failed)
+    )
+    keep = ~torch.tensor(failed)
+    alone_BT = objective(name).advantages(
+        torch.tensor(rewards)[keep][:, None], weights_R, torch.tensor(groups)[keep], mask_BT[keep]
+    )
+    assert got_BT.dtype == torch.float32
+    assert (got_BT[~keep] == 0).all()
+    torch.testing.assert_close(got_BT[keep], alone_BT)
+    assert (alone_BT != 0).any()
+
+
+def test_group_left_with_one_valid_row_is_zero():
+    got = call("group_norm", [1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], valid=[True, False, True, True])
+    assert got[:2].tolist() == [0.0, 0.0]
+    assert got[2] == -got[3] != 0
+
+
+def test_nan_reward_in_a_valid_row_is_refused():
+    rewards_BR = torch.tensor([[1.0, 0.0], [0.0, math.nan]])
+    with pytest.raises(NonFiniteError, match="reward column 1 is nan in row 1"):
+        objective("group_norm").advantages(rewards_BR, torch.ones(2), torch.tensor([0, 0]), torch.ones(2, 3))
+
+
+def test_group_norm_by_hand():
+    """(1, 0, 0, 0): mean 1/4, sample std 1/2."""
+    got = call("group_norm", [1.0, 0.0, 0.0, 0.0], [0] * 4, eps=0.5)
+    assert got.tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
+def test_weights_act_on_rewards_in_grpo_and_on_normalised_advantages_in_gdpo():
+    """A reward's scale changes GRPO's advantage and not GDPO's; the weight changes both."""
+    groups = [0, 0, 0, 1, 1, 1]
+    small = [[1, 0.0], [0, 0.1], [0, 0.3], [1, 0.2], [1, 0.0], [0, 0.1]]
+    large = [[a, 100 * b] for a, b in small]
+    exact = {"eps": 0.0, "batch_eps": 0.0}
+    torch.testing.assert_close(
+        call("gdpo", small, groups, weights=(1.0, 0.5), **exact),
+        call("gdpo", large, groups, weights=(1.0, 0.5), **exact),
+    )
+    grpo = call("group_norm", small, groups, weights=(1.0, 0.5))
+    assert (grpo - call("group_norm", large, groups, weights=(1.0, 0.5))).abs().max() > 0.1
+    torch.testing.assert_close(grpo, call("group_norm", [a + 0.5 * b for a, b in small], groups), atol=1e-12, rtol=0)
+
+
+def test_rows_need_not_be_sorted_by_group():
+    rewards, groups = [3.0, 1.0, 4.0, 1.5, 9.0, 2.0], [0, 0, 0, 1, 1, 1]
+    order = [4, 0, 3, 2, 5, 1]
+    for name in ADVANTAGES:
+        shuffled = call(name, [rewards[i] for i in order], [groups[i] * 10 - 3 for i in order])
+        torch.testing.assert_close(shuffled, call(name, rewards, groups)[order])

@@ -1,0 +1,77 @@
+"""Advantages, losses and gradients against reference numbers (NumPy, float64), and the script that compares them."""
+
+import json
+
+import pytest
+
+REQUIRED = ("grpo", "grpo_no_kl", "dr_grpo", "dapo", "gdpo_paper", "gdpo_trl")
+
+
+def test_every_covered_objective_agrees_to_1e_12(checker, golden):
+    inputs, cases = golden("batch_main.json")["inputs"], golden("objectives_main.json")["objectives"]
+    assert set(REQUIRED) <= set(checker.CASES) <= set(cases)
+    for name in checker.CASES:
+        errors = checker.check_case(name, cases[name], inputs)
+        assert errors.worst < 1e-12, (name, errors)
+
+
+def test_collapse_example_and_distinct_groups(checker, golden):
+    assert checker.check_collapse(golden("gdpo_collapse.json")).worst < 1e-12
+
+
+def test_required_cases_are_the_yaml_alone(checker):
+    """What ships is what is compared: no override but the KL switch and GDPO's eps variant."""
+    assert checker.CASES["grpo"].overrides == {}
+    assert checker.CASES["dr_grpo"].overrides == {}
+    assert checker.CASES["dapo"].overrides == {}
+    assert checker.CASES["gdpo_trl"].overrides == {}
+
+
+@pytest.mark.parametrize("field", ["advantages", "grad_wrt_new_logprobs", "loss"])
+def test_a_changed_number_is_noticed(checker, golden_copy, capsys, field):
+    path = golden_copy / "objectives_main.json"
+    content = json.loads(path.read_text())
+    case = content["objectives"]["gdpo_trl"]
+    if field == "loss":
+        case[field] += 1e-9
+    elif isinstance(case[field][0], list):
+        case[field][0][0] += 1e-9
+    else:
+        case[field][0] += 1e-8
+    path.write_text(json.dumps(content))
+    assert checker.main([str(golden_copy), "--subset"]) == 1
+    assert "wrong: gdpo_trl" in capsys.readouterr().out
+
+
+def test_a_changed_collapse_is_noticed(checker, golden_copy):
+    path = golden_copy / "gdpo_collapse.json"
+    content = json.loads(path.read_text())
+    content["distinct_group_counts"]["G=4,n=3"]["gdpo"] += 1
+    path.write_text(json.dumps(content))
+    assert checker.main([str(golden_copy), "--subset"]) == 1
+
+
+def test_uncovered_name_fails_unless_subset(checker, golden_copy, capsys):
+    assert checker.main([str(golden_copy)]) == 1
+    assert "NOT COVERED" in capsys.readouterr().out
+    assert checker.main([str(golden_copy), "--subset"]) == 0
+    assert "left out: reinforce_batch_mean_baseline" in capsys.readouterr().out
+    assert checker.main([str(golden_copy), "--objective", "gdpo_paper"]) == 0
+
+
+def test_numbers_stated_by_a_case_win_over_the_yaml(checker):
+    """Another folder may state another eps, clip or KL weight."""
+    case = {"conventions": {"std": "eps=1e-3", "clip": "0.1/0.3 + dual clip c=5", "kl": "k3, beta=0.5"}}
+    assert checker.stated(case) == {
+        "clip": {"low": 0.1, "high": 0.3, "dual": 5.0},
+        "advantage": {"eps": 1e-3},
+        "kl": {"weight": 0.5},
+    }
+    assert checker.build("grpo", case)._clip.keywords == {"low": 0.1, "high": 0.3, "dual": 5.0}
+
+
+def test_unknown_objective_and_empty_folder(checker, golden_copy, tmp_path, capsys):
+    assert checker.main([str(golden_copy), "--objective", "gdpo_papr"]) == 2
+    assert "did you mean 'gdpo_paper'" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert checker.main([str(tmp_path / "empty"), "--subset"]) == 2
