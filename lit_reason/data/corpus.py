@@ -58,7 +58,8 @@ def documents(
     rng.shuffle(allowed)
     for prompt in allowed:
         while rng.random() < facts_fraction:
-            yield facts(rng, held_out_fraction, STYLES[style], max_digits)
+            if lines := facts(rng, held_out_fraction, STYLES[style], max_digits):
+                yield lines
         solution = solve(prompt, style)
         if solution is None:
             raise DataError(f"no worked solution for a prompt of {prompt.source}; leave it out of the pretraining text")
