@@ -1,7 +1,7 @@
 """pass@k, maj@k and avg@k with question-clustered intervals, and before/after comparisons."""
 
 from lit_reason.evaluate.compare import Comparison, compare
-from lit_reason.evaluate.evaluator import EvalItem, EvalReport, evaluate, extract_answer
+from lit_reason.evaluate.evaluator import EvalItem, EvalReport, evaluate
 from lit_reason.evaluate.metrics import (
     Estimate,
     PairedDifference,
@@ -22,7 +22,6 @@ __all__ = [
     "PairedDifference",
     "compare",
     "evaluate",
-    "extract_answer",
     "majority",
     "mean",
     "normalise_answer",

@@ -8,23 +8,19 @@ the model: such a completion is left out of every accuracy and counted in `fault
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lit_reason.errors import ConfigError, DataError, nearest
 from lit_reason.evaluate.metrics import Estimate, by_question, majority, mean, pass_at_k, proportion
-from lit_reason.rollout import request_seed
+from lit_reason.report.records import write_rows
+from lit_reason.rewards import Rubric, Tags
+from lit_reason.rollout import Engine, Progress, Sampling, request_seed
 from lit_reason.types import Completion, Prompt, RewardState, Scores
-
-if TYPE_CHECKING:
-    from lit_reason.rewards import Rubric
-    from lit_reason.rollout import Engine, Progress, Sampling
 
 FORMAT_BLIND = "answer_anywhere"
 
@@ -58,13 +54,6 @@ class EvalItem:
     tokens: int
     version: int
     faults: dict[str, str]
-
-
-def extract_answer(text: str, tags: tuple[str, str] = ("<answer>", "</answer>")) -> str | None:
-    """What stands between the last pair of answer tags, or None."""
-    head, closed, _ = text.rpartition(tags[1])
-    _, opened, answer = head.rpartition(tags[0])
-    return answer.strip() if closed and opened else None
 
 
 @dataclass(frozen=True)
@@ -164,7 +153,7 @@ class EvalReport:
 
     def write_jsonl(self, path: str | os.PathLike[str]) -> None:
         """One line per completion, greedy first; written whole or not at all."""
-        write_jsonl(path, (asdict(item) for item in self.items + self.samples))
+        write_rows(Path(path), (asdict(item) for item in self.items + self.samples))
 
     def _totals(self) -> dict[str, float]:
         whole = [i for i in self.items if not i.faults]
@@ -185,18 +174,6 @@ def _column_by_question(items: Sequence[EvalItem], name: str) -> dict[str, float
     return {id_: float(v.mean()) for id_, v in by_question([x[0] for x in kept], [x[1] for x in kept]).items()}
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows through a temporary file in the same folder, so that a reader never sees half of them."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-
-
 def evaluate(
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -206,7 +183,7 @@ def evaluate(
     k: int = 0,
     seed: int = 0,
     correct: str = "answer",
-    extract: Callable[[str], str | None] = extract_answer,
+    extract: Callable[[str], str | None] = Tags().last_answer,
     progress: Callable[[Progress], None] | None = None,
 ) -> EvalReport:
     """Generate, score and judge.

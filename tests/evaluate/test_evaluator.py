@@ -3,22 +3,16 @@
 import io
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from lit_reason.errors import ConfigError, DataError
-from lit_reason.evaluate import compare, evaluate, extract_answer, pass_at_k, proportion
+from lit_reason.evaluate import compare, evaluate, pass_at_k, proportion
+from lit_reason.rollout import Sampling
 from lit_reason.types import Completion, Prompt, RewardState, Scores
 
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 1.0
-    top_p: float = 0.9
-    min_p: float = 0.1
-    max_tokens: int = 8
+SAMPLING = Sampling(temperature=1.0, top_p=0.9, min_p=0.1, max_tokens=8)
 
 
 class TableEngine:
@@ -64,7 +58,7 @@ def tag(x):
 
 
 def run(greedy, sampled=None, k=0, prompts=PROMPTS):
-    return evaluate(TableEngine(greedy, sampled), prompts, Judge(), sampling=Sampling(), k=k, seed=5)
+    return evaluate(TableEngine(greedy, sampled), prompts, Judge(), sampling=SAMPLING, k=k, seed=5)
 
 
 def test_greedy_numbers_by_hand():
@@ -122,7 +116,7 @@ def test_seeds_differ_between_samples_and_repeat_between_runs():
     )
     for engine in (first, second):
         engine.greedy = {p.id: "x" for p in PROMPTS}
-        evaluate(engine, PROMPTS, Judge(), sampling=Sampling(), k=3, seed=5)
+        evaluate(engine, PROMPTS, Judge(), sampling=SAMPLING, k=3, seed=5)
     assert first.seeds == second.seeds and len(set(first.seeds[3:])) == 9
 
 
@@ -137,18 +131,13 @@ def test_jsonl_has_every_completion(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["items.jsonl"]
 
 
-def test_extract_answer_takes_the_last_pair():
-    assert extract_answer("<answer>1</answer> no: <answer> 2 </answer>") == "2"
-    assert extract_answer("<answer>1") is None and extract_answer("1</answer>") is None
-
-
 def test_bad_input_says_what_to_type():
     with pytest.raises(DataError, match="0 prompts"):
-        evaluate(TableEngine({}), [], Judge(), sampling=Sampling())
+        evaluate(TableEngine({}), [], Judge(), sampling=SAMPLING)
     with pytest.raises(ConfigError, match="k=-1"):
-        evaluate(TableEngine({}), PROMPTS, Judge(), sampling=Sampling(), k=-1)
+        evaluate(TableEngine({}), PROMPTS, Judge(), sampling=SAMPLING, k=-1)
     with pytest.raises(ConfigError, match="did you mean 'answer'"):
-        evaluate(TableEngine({p.id: "" for p in PROMPTS}), PROMPTS, Judge(), sampling=Sampling(), correct="anser")
+        evaluate(TableEngine({p.id: "" for p in PROMPTS}), PROMPTS, Judge(), sampling=SAMPLING, correct="anser")
 
 
 def many(right):
