@@ -68,8 +68,8 @@ def gdpo(
     (4) A_k = (r_k - mean_group) / (std_group + eps);  (7) S = sum_k w_k A_k;  (6) A = (S - mean) / (std + batch_eps).
 
     `batch_norm="sequence"` is the paper's text and the authors' TRL code: over rows, so that the mean is 0 and only the
-    scale changes (a flat group is 0 up to the rounding of that mean). `"token"` is their verl code: rows weighted by length, and `batch_eps` on the *variance*.
-    `null` stops after (7).
+    scale changes (a flat group is 0 up to the rounding of that mean). `"token"` is their verl code: rows weighted by
+    length, and `batch_eps` on the *variance*. `null` stops after (7).
 
     Trap: the weights act on normalised advantages, so a reward's own scale is irrelevant; a reward that varies in few
     groups still counts fully there. Trap: `"token"` subtracts a length-weighted mean that is not 0, so groups without

@@ -98,6 +98,30 @@ def test_group_left_with_one_valid_row_is_zero():
     assert got[2] == -got[3] != 0
 
 
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_value_of_a_failed_row_is_not_looked_at(name):
+    groups, valid = [0, 0, 0, 1, 1], [True, True, False, True, True]
+    low = call(name, [1.0, 0.0, -50.0, 2.0, 3.0], groups, valid)
+    torch.testing.assert_close(low, call(name, [1.0, 0.0, 70.0, 2.0, 3.0], groups, valid))
+    assert low[2] == 0
+
+
+def test_failed_row_does_not_make_a_flat_group_vary():
+    got = call("group_norm", [0.1] * 7 + [5.0], [0] * 8, valid=[True] * 7 + [False], dtype=torch.float32, eps=1e-9)
+    assert (got == 0).all()
+
+
+def test_a_choice_never_sees_a_nan(monkeypatch):
+    """A new advantage function need not think of failed verifiers' NaN."""
+    seen = []
+    monkeypatch.setitem(ADVANTAGES, "spy", lambda rewards_BR, *_: seen.append(rewards_BR) or rewards_BR[:, 0])
+    rewards_BR = torch.tensor([[1.0], [math.nan]])
+    Objective("spy", "token", "none", "token_mean").advantages(
+        rewards_BR, torch.ones(1), torch.tensor([0, 0]), torch.ones(2, 3), valid_B=torch.tensor([True, False])
+    )
+    assert seen[0].tolist() == [[1.0], [0.0]]
+
+
 def test_nan_reward_in_a_valid_row_is_refused():
     rewards_BR = torch.tensor([[1.0, 0.0], [0.0, math.nan]])
     with pytest.raises(NonFiniteError, match="reward column 1 is nan in row 1"):

@@ -76,6 +76,7 @@ def gradient(objective, batch, forward, parameters, pieces, local_totals=False):
             part = replace(part, tokens_total=part.mask_BT.sum() * pieces)
         new_BT, entropy_BT = forward(rows)
         loss = objective.loss(new_BT, part, entropy_BT).loss
+        assert loss.isfinite()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         total += torch.cat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
     return total
