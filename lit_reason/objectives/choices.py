@@ -35,12 +35,11 @@ def resolve(axis: str, spec: str | Mapping[str, Any], table: Mapping[str, Callab
     name, settings = _split(axis, spec, table)
     function = table[name]
     wanted = settings_of(function)
-    for key in settings:
-        if key not in wanted:
-            valid = nearest(key, wanted) if wanted else "valid: none"
-            raise ConfigError(
-                f"{axis}: {name!r} has no setting {key!r}; {valid}. Remove it with '~algorithm.{axis}.{key}'"
-            )
+    unknown = [key for key in settings if key not in wanted]
+    if unknown:
+        valid = nearest(unknown[0], wanted) if wanted else "valid: none"
+        typed = " ".join(f"'~algorithm.{axis}.{key}'" for key in unknown)
+        raise ConfigError(f"{axis}: {name!r} has no setting {', '.join(map(repr, unknown))}; {valid}. Type {typed}")
     missing = [key for key in wanted if key not in settings]
     if missing:
         typed = " ".join(f"+algorithm.{axis}.{key}=VALUE" for key in missing)

@@ -106,8 +106,9 @@ def test_value_of_a_failed_row_is_not_looked_at(name):
     assert low[2] == 0
 
 
-def test_failed_row_does_not_make_a_flat_group_vary():
-    got = call("group_norm", [0.1] * 7 + [5.0], [0] * 8, valid=[True] * 7 + [False], dtype=torch.float32, eps=1e-9)
+@pytest.mark.parametrize("failed", [-5.0, 5.0])
+def test_failed_row_does_not_make_a_flat_group_vary(failed):
+    got = call("group_norm", [0.1] * 7 + [failed], [0] * 8, valid=[True] * 7 + [False], dtype=torch.float32, eps=1e-9)
     assert (got == 0).all()
 
 

@@ -74,7 +74,10 @@ def test_published_constants():
         ({"aggregation": "token-mean"}, r"did you mean 'token_mean'"),
         ({"advantage": {"name": "gpdo"}}, r"advantage: got 'gpdo'; did you mean 'gdpo'.*algorithm.advantage.name="),
         ({"advantage": {"eps": 1e-4}}, r"advantage: got .*valid: one of gdpo, group_mean, group_norm"),
-        ({"advantage": {"name": "group_mean", "eps": 1e-4}}, r"no setting 'eps'.*~algorithm.advantage.eps"),
+        (
+            {"advantage": AXES["advantage"] | {"name": "group_mean"}},
+            r"no setting 'eps', 'ddof'; valid: none. Type '~algorithm.advantage.eps' '~algorithm.advantage.ddof'",
+        ),
         ({"advantage": {"name": "group_norm", "eps": 1e-4}}, r"needs ddof.*\+algorithm.advantage.ddof=VALUE"),
         ({"clip": AXES["clip"] | {"hihg": 0.3}}, r"no setting 'hihg'; did you mean 'high'"),
         ({"clip": AXES["clip"] | {"high": "0.3"}}, r"clip.high: got '0.3' \(str\); valid: a finite number >= 0"),
