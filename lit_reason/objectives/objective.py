@@ -97,11 +97,6 @@ class Objective:
         return self.needs_ref and self._kl.place == "reward"
 
     @property
-    def needs_old(self) -> bool:
-        """Whether `advantages` must be given the sampling policy's log-probs (a KL in the reward)."""
-        return self.needs_ref and self._kl.place == "reward"
-
-    @property
     def needs_entropy(self) -> bool:
         """Whether `loss` must be given `entropy_BT` with its gradient."""
         return self.entropy_coef != 0
