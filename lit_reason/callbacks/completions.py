@@ -95,7 +95,7 @@ def table_rows(groups: Sequence[RolloutGroup], advantages_B: Tensor, step: int) 
         ok_BR = (scores.states_BR == RewardState.OK).tolist()
         columns = zip(scores.values_BR.tolist(), scores.total_B.tolist(), ok_BR, group.completions, strict=True)
         for row, (values, total, ok, completion) in enumerate(columns):
-            judged = zip(scores.names, values, ok, strict=True)
+            judged = list(zip(scores.names, values, ok, strict=True))
             rows.append(
                 {
                     "step": step,
@@ -106,9 +106,7 @@ def table_rows(groups: Sequence[RolloutGroup], advantages_B: Tensor, step: int) 
                     "answer": group.prompt.answer,
                     "text": completion.text,
                     "rewards": {name: value if fine else None for name, value, fine in judged},
-                    "faults": {
-                        n: scores.messages.get((row, n), "") for n, f in zip(scores.names, ok, strict=True) if not f
-                    },
+                    "faults": {name: scores.messages.get((row, name), "") for name, _, fine in judged if not fine},
                     "total": total if all(ok) else None,
                     "advantage": next(advantages),
                     "version": completion.version,

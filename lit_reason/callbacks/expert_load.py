@@ -17,11 +17,8 @@ def max_violation(load_E: Tensor) -> float:
 
 def load_counters(module: nn.Module) -> dict[str, Tensor]:
     """`{layer name: load_E}` of every submodule with a buffer of that name."""
-    return {
-        name: sub.get_buffer("load_E")
-        for name, sub in module.named_modules()
-        if "load_E" in dict(sub.named_buffers(recurse=False))
-    }
+    found = ((name.rpartition("."), buffer) for name, buffer in module.named_buffers())
+    return {layer: buffer for (layer, _, leaf), buffer in found if leaf == "load_E"}
 
 
 class ExpertLoad(Callback):

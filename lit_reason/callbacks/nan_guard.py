@@ -34,8 +34,9 @@ class NonFiniteGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not torch.isfinite(loss).all():
+            value = loss.detach().float().mean().item()
             raise NonFiniteError(
-                f"the loss is {loss.detach().float().mean().item()} at step {trainer.global_step}; nothing was updated. "
+                f"the loss is {value} at step {trainer.global_step}; nothing was updated. "
                 "Look at this step's rewards and log-probs; type trainer.detect_anomaly=true to find the operation"
             )
 

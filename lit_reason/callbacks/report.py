@@ -48,11 +48,22 @@ class Report(Callback):
         self._done = 0
         self._errors: dict[str, float] = {}
 
+    @property
+    def state_key(self) -> str:
+        return "lit_reason.Report"
+
+    def state_dict(self) -> dict[str, Any]:
+        # a run may resume in the middle of a round, whose rollouts are not announced again
+        return {"errors": dict(self._errors)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._errors = dict(state_dict["errors"])
+
     def folder(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or trainer.default_root_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._done, self._errors = trainer.global_step, {}
+        self._done = trainer.global_step
         if trainer.is_global_zero:
             begin_file(self.folder(trainer) / STEPS, trainer.global_step)
 

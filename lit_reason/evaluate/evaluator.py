@@ -183,7 +183,7 @@ def evaluate(
     k: int = 0,
     seed: int = 0,
     correct: str = "answer",
-    extract: Callable[[str], str | None] = Tags().last_answer,
+    extract: Callable[[str], str | None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> EvalReport:
     """Generate, score and judge.
@@ -201,7 +201,7 @@ def evaluate(
         k: samples per prompt beside the greedy completion, for avg@k, pass@k and maj@k.
         seed: of the samples; the same seed and weights give the same tokens.
         correct: the name of the deciding reward column.
-        extract: finds the answer that votes in maj@k.
+        extract: finds the answer that votes in maj@k; None: what stands in the last pair of answer tags.
         progress: called with the engine's progress events, first of the greedy pass, then of the samples.
     """
     if not prompts:
@@ -227,7 +227,7 @@ def evaluate(
                 f"evaluate(correct={correct!r}) is not a reward of this rubric; {nearest(correct, names)}"
             )
         items[mode] = [
-            _item(mode, prompt, completion, scores, row, correct, extract)
+            _item(mode, prompt, completion, scores, row, correct, extract or Tags().last_answer)
             for row, (prompt, completion) in enumerate(zip(asked, completions, strict=True))
         ]
     seconds = time.perf_counter() - start

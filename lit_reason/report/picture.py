@@ -57,6 +57,20 @@ def rolling_se(errors: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return np.sqrt(np.maximum(rolling_mean(errors**2, window), 0) / count)
 
 
+def standard_errors(records: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64] | None:
+    """`<reward>/se` beside every value of `<reward>/mean`; a step without one takes its neighbour's."""
+    key = name.removesuffix("/mean") + "/se"
+    known = next((r[key] for r in records if r.get(key) is not None), None)
+    if known is None:
+        return None
+    errors = []
+    for record in records:
+        known = record[key] if record.get(key) is not None else known
+        if record.get(name) is not None:
+            errors.append(known)
+    return np.array(errors, dtype=np.float64)
+
+
 def _curve(ax: Axes, records: Sequence[Mapping[str, Any]], name: str, label: str, colour: str, window: int) -> bool:
     """Draw one metric; False if the records do not have it."""
     steps, values = series(records, name)
@@ -65,8 +79,8 @@ def _curve(ax: Axes, records: Sequence[Mapping[str, Any]], name: str, label: str
     smooth = rolling_mean(values, window)
     if window > 1:
         ax.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
-    error_steps, errors = series(records, name.removesuffix("/mean") + "/se")
-    if error_steps.size == steps.size:
+    errors = standard_errors(records, name)
+    if errors is not None:
         half = 1.96 * rolling_se(errors, window)
         ax.fill_between(steps, smooth - half, smooth + half, color=colour, alpha=0.18, linewidth=0)
     ax.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{label}  {smooth[-1]:.3g}")

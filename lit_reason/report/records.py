@@ -70,7 +70,7 @@ def begin_file(path: Path, step: int) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The per-step metrics under a run directory: `metrics/steps.jsonl`, else the newest `metrics.csv` of a CSVLogger."""
+    """The per-step metrics of a run directory: `metrics/steps.jsonl`, else a CSVLogger's newest `metrics.csv`."""
     own = run_dir / STEPS
     if own.exists():
         return read_rows(own)
