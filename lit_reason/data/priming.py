@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from lit_reason.data.chat import ChatTemplate
+from lit_reason.data.chat import ChatTemplate, default_chat
 from lit_reason.data.solvers import SOLVERS, solve
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import DataError
@@ -22,7 +22,7 @@ def priming(
     The thought is the prompt's own `meta["thought"]` where it has one (GSM8K, a user's JSONL with a thought field),
     else a solver's. A prompt that has neither is an error: a priming set must not shrink in silence.
     """
-    chat = chat or ChatTemplate()
+    chat = chat or default_chat(tokenizer)
     pairs: list[Pair] = []
     unsolved: Counter[str] = Counter()
     for prompt in prompts:

@@ -118,7 +118,11 @@ def test_sft_batches_spell_worked_solutions_of_training_problems():
 def test_sft_validation_is_held_out():
     data = few()
     module = SFTData(data, batch_size=8, val_examples=20)
-    assert [len(batch) for batch in module.val_dataloader()] == [8, 8, 4]
+    batches = module.val_dataloader()
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    rows = [(ids_T, mask_T) for b in batches for ids_T, mask_T in zip(b.input_ids_BT, b.mask_BT, strict=True)]
+    heads = [data.tokenizer.decode(ids_T[: int(mask_T.argmax()) + 1].tolist()) for ids_T, mask_T in rows]
+    assert heads == [data.chat.render_prompt(p.question) for p in data.test_prompts(20)]
     assert SFTData(data).val_dataloader() == []
 
 
@@ -205,11 +209,11 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-def fit(loader, steps, ckpt_path=None, callbacks=(), limit=None):
+def fit(loader, epochs, ckpt_path=None, callbacks=(), limit=None):
     module = Seen()
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -222,14 +226,14 @@ def fit(loader, steps, ckpt_path=None, callbacks=(), limit=None):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("limit", [None, 3])
-def test_lightning_resumes_on_the_very_next_batch(tmp_path, limit):
-    """First step, mid-epoch, last batch of an epoch, first of the next; 5 batches an epoch."""
-    steps = (1, 3, 5, 6)
-    whole = fit(numbers(seed=3), 12, callbacks=[SaveAt(tmp_path, steps)], limit=limit)
-    assert whole == stream(12)
+@pytest.mark.parametrize(("limit", "total"), [(None, 15), (3, 9)])
+def test_lightning_resumes_on_the_very_next_batch(tmp_path, limit, total):
+    """5 batches an epoch, 3 epochs: after the first step, mid-epoch, on both sides of an epoch's end, at the end."""
+    steps = (1, 3, 5, 6, 8, total)
+    whole = fit(numbers(seed=3), 3, callbacks=[SaveAt(tmp_path, steps)], limit=limit)
+    assert whole == stream(total)
     for step in steps:
-        assert fit(numbers(seed=99), 12, str(tmp_path / f"{step}.ckpt"), limit=limit) == whole[step:], step
+        assert fit(numbers(seed=99), 3, str(tmp_path / f"{step}.ckpt"), limit=limit) == whole[step:], step
 
 
 def stream(n):

@@ -62,7 +62,8 @@ def test_prompts_carry_their_template():
 
 
 def test_repeats_across_a_source_are_removed():
-    assert len(load_prompts([make("A b"), make("a  B"), make("c")], held_out_fraction=0.0)) == 2
+    kept = load_prompts([make("A b", "first"), make("a  B", "second"), make("c")], held_out_fraction=0.0)
+    assert [(p.question, p.answer) for p in kept] == [("A b", "first"), ("c", "1")]
 
 
 def test_refusals():

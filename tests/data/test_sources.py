@@ -4,6 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 from reasoning_gym import create_dataset
 
@@ -98,6 +101,22 @@ def test_gsm8k_in_its_own_format():
     )
     assert [p.answer for p in GSM8K(str(GSM_FILES), part="test")] == ["18", "3", "70000", "540", "20"]
     assert len(list(GSM8K(str(GSM_FILES / "test.jsonl")))) == 5
+
+
+def test_gsm8k_from_the_hub_without_a_network(tmp_path, monkeypatch):
+    """The hub's own cache layout on disk: what a machine has that once downloaded the dataset."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"(?s)could not get main/test-00000.*data\.source\.path="):
+        list(GSM8K(part="test"))
+    commit, folder = "0" * 40, tmp_path / "datasets--openai--gsm8k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit / "main").mkdir(parents=True)
+    rows = [json.loads(line) for line in (GSM_FILES / "test.jsonl").read_text().splitlines()]
+    file = folder / "snapshots" / commit / "main" / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert list(GSM8K(part="test")) == list(GSM8K(str(GSM_FILES), part="test"))
 
 
 def test_gsm8k_removes_commas_and_wants_its_last_line(tmp_path):
