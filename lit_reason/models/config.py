@@ -100,9 +100,8 @@ class ModelConfig:
     base: Base = field(default_factory=Base)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "depth", "heads", "kv_lora_rank", "max_seq_len", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        _check_positive(self, "model.", _POSITIVE)
+        _check_positive(self.base, "model.base.", tuple(f.name for f in fields(Base)))
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: must be even (rotations act on pairs)")
         if not 0 <= self.first_dense <= self.depth:
@@ -111,6 +110,7 @@ class ModelConfig:
             self._check_routing()
 
     def _check_routing(self) -> None:
+        _check_positive(self, "model.", ("experts", "expert_width", "expert_groups"))
         groups, kept = self.expert_groups, self.groups_per_token
         if self.experts % groups:
             raise ConfigError(f"model.experts={self.experts} is not divisible by model.expert_groups={groups}")
@@ -166,6 +166,19 @@ class ModelConfig:
         if values.get("base") is not None and not isinstance(values["base"], Base):
             values["base"] = _from_mapping(Base, values["base"], "model.base.")
         return _from_mapping(cls, values, "model.")
+
+
+_POSITIVE = (
+    "vocab_size", "width", "depth", "heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
+    "ffn_width", "max_seq_len",
+)  # fmt: skip
+
+
+def _check_positive(values: Any, prefix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{prefix}{name}={value}: must be at least 1")
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
