@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 
 def group_rates(optimizer: Optimizer) -> dict[str, float]:
-    """`{group name: lr}`; a group without a name is `group0`, ...; groups of one name and one rate are one entry."""
+    """`{group name: lr}`; a group without a name is `group0`, the second group named `a` is `a.2`, ...
+
+    Slashes and spaces in a name become `.` and `_`, so that each rate stays one `lr/<role>` in every logger. A name
+    never depends on the rates: under a warm-up from 0 all rates start equal.
+    """
     rates: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
-        name, rate = str(group.get("name", f"group{index}")), float(group["lr"])
-        if rates.get(name, rate) != rate:
-            name = f"{name}.{index}"
-        rates[name] = rate
+        role = str(group.get("name", f"group{index}")).replace("/", ".").replace(" ", "_")
+        free = itertools.chain([role], (f"{role}.{n}" for n in itertools.count(2)))
+        rates[next(name for name in free if name not in rates)] = float(group["lr"])
     return rates
 
 

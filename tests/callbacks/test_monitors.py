@@ -48,9 +48,9 @@ def test_groups_without_a_name_or_of_one_name():
         {"params": [p[0]], "lr": 0.1},
         {"params": [p[1]], "lr": 0.2, "name": "a"},
         {"params": [p[2]], "lr": 0.2, "name": "a"},
-        {"params": [p[3]], "lr": 0.3, "name": "a"},
+        {"params": [p[3]], "lr": 0.3, "name": "b/lr x2"},
     ]
-    assert group_rates(torch.optim.SGD(groups)) == {"group0": 0.1, "a": 0.2, "a.3": 0.3}
+    assert group_rates(torch.optim.SGD(groups)) == {"group0": 0.1, "a": 0.2, "a.2": 0.2, "b.lr_x2": 0.3}
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
