@@ -1,0 +1,1 @@
+"""Console scripts: lit-reason-train, -eval, -generate, -zoo."""

@@ -1,0 +1,105 @@
+"""What the Hydra scripts share: compose and check first, then hand over to Hydra, and turn our errors into one message.
+
+    argv -> compose -> check (exit code 2 and one message, nothing written) -> hydra.main -> task(cfg)
+
+Exit codes: 0 done; 2 the configuration cannot be run; 1 anything else that went wrong. `HYDRA_FULL_ERROR=1` shows the
+traceback of every error.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lit_reason.config.compose import CONF, compose, parse_argv, sweep_points
+from lit_reason.config.stage import without_hydra
+from lit_reason.errors import ConfigError, LitReasonError, UnsafeTargetError
+
+Task = Callable[[DictConfig], Any]
+BEFORE_START = (ConfigError, UnsafeTargetError)
+
+
+def launch(config_name: str, task: Task, check: Task) -> None:
+    """Run a console script.
+
+    Args:
+        config_name: `"train"`, `"eval"` or `"generate"`: the primary YAML, unless `--config-name` names another.
+        task: what to do with one composed tree.
+        check: raises what is wrong with a tree; called before anything is written, and again for each job of a sweep.
+    """
+    with clean_errors():
+        args = parse_argv(sys.argv[1:])
+        if not (args.help or args.hydra_help or args.info):
+            preflight(args.config_name or config_name, args, check)
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        with clean_errors():
+            cfg = job_config(cfg)
+            check(cfg)
+            apply_extras(cfg.extras)
+            return task(cfg)
+
+    hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)()
+
+
+def preflight(config_name: str, args: Namespace, check: Task) -> None:
+    """Compose what Hydra is about to compose, and check it; of a sweep, the base and each swept value once."""
+    cfg = compose(config_name, args.overrides, args.config_dir, args.multirun)
+    points: list[Sequence[str]] = [args.overrides]
+    if args.multirun or (cfg.hydra.mode is not None and cfg.hydra.mode.name == "MULTIRUN"):
+        points = list(sweep_points(args.overrides)) or [args.overrides]
+    if args.cfg:
+        return
+    for point in points:
+        check(without_hydra(compose(config_name, point, args.config_dir, args.multirun)))
+
+
+def job_config(cfg: DictConfig) -> DictConfig:
+    """The tree with `run_dir` as Hydra made it: in a sweep every job has its own."""
+    output = HydraConfig.get().runtime.output_dir
+    with open_dict(cfg):
+        cfg.run_dir = output
+    return cfg
+
+
+def apply_extras(extras: DictConfig) -> None:
+    """`extras.threads` and `extras.matmul_precision`."""
+    import torch
+
+    if extras.threads is not None:
+        torch.set_num_threads(extras.threads)
+    torch.set_float32_matmul_precision(extras.matmul_precision)
+
+
+def print_config(cfg: DictConfig) -> None:
+    """The tree as YAML, interpolations resolved."""
+    print(OmegaConf.to_yaml(without_hydra(cfg), resolve=True))
+
+
+class clean_errors:
+    """A LitReasonError becomes its message on stderr and an exit code; every other error passes."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, LitReasonError) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            return
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        print(f"{type(error).__name__}: {error}{notes}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BEFORE_START) else 1)
+
+
+def check_count(cfg: DictConfig, key: str, least: int) -> None:
+    """Refuse a count that is no whole number or too small."""
+    if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < least:
+        raise ConfigError(f"{key}={cfg[key]!r}; valid: a whole number of {least} or more, e.g. {key}=4")

@@ -1,0 +1,179 @@
+"""`lit-reason-train`: pretraining, priming and RL, in the order of `stages`, each in its own folder.
+
+lit-reason-train experiment=arith_gdpo
+lit-reason-train experiment=arith_from_scratch seed=2
+lit-reason-train -m algorithm=grpo,gdpo seed=1,2,3
+
+run_dir/
+  pretrain/  sft/  rl/     a run directory each (checkpoints, metrics, completions)
+  <stage>/done.json        written when the stage reached its goal; the same command then goes on with the next
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lit_reason.cli.launch import launch, print_config
+from lit_reason.config import check_config, check_run, stage_config
+from lit_reason.config.resolve import to_plain
+from lit_reason.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+DONE = "done.json"
+LENGTH = (
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "rollout.shape.rounds",
+)  # raise one and a stage that is done goes on
+# A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
+LOCKED = (
+    *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),
+    *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards", "trainer.precision"),
+    *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
+)
+
+
+def main() -> None:
+    """The console script."""
+    launch("train", run, check)
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be known to be wrong before training; the run-level values need no torch."""
+    check_run(cfg)
+    parts = [stage_config(cfg, stage) for stage in cfg.stages]
+    stage_resume(cfg, cfg.stages[0])
+    for part in parts:
+        check_config(part)
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run every stage; each starts from the weights that the one before it left.
+
+    Returns:
+        The folder of the last stage's weights, in the zoo's format.
+    """
+    if cfg.extras.print_config:
+        print_config(cfg)
+    weights: Path | None = None
+    for stage in cfg.stages:
+        weights = run_stage(stage_config(cfg, stage), stage, stage_resume(cfg, stage), weights)
+    assert weights is not None  # check_run refuses an empty list of stages
+    return weights
+
+
+def run_stage(cfg: DictConfig, stage: str, resume: str, weights: Path | None) -> Path:
+    """One stage in its own run directory, skipped when it already reached its goal.
+
+    Args:
+        cfg: the stage's tree (`stage_config`).
+        resume: `"auto"`, `"never"` or a checkpoint of this stage.
+        weights: what the stage before it left; None for the first stage, which begins with `cfg.init`.
+    """
+    from lightning.pytorch import seed_everything
+
+    from lit_reason.checkpoint import RunDir
+
+    cfg.resume = resume
+    settings = _settings(cfg)
+    with RunDir(cfg.run_dir, locked=LOCKED) as directory:
+        directory.start(settings, resume=resume)
+        done = Done(directory.path / DONE)
+        if resume == "auto" and (found := done.weights(settings)):
+            log.info("stage %s: already done, %s", stage, found)
+            return found
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        log.info("stage %s: %s", stage, directory.path)
+        result = stage_functions()[stage](cfg, weights)
+        if not cfg.trainer.get("fast_dev_run"):
+            done.write(result, settings)
+    return result
+
+
+def stage_functions() -> Mapping[str, Callable[[DictConfig, Path | None], Path]]:
+    """`{stage: function(stage's tree, weights of the stage before) -> its own weights' folder}`; imports torch."""
+    from lit_reason.cli import stages
+
+    return {"pretrain": stages.run_pretrain, "sft": stages.run_sft, "rl": stages.run_rl}
+
+
+class Done:
+    """`done.json`: the settings with which a stage reached its goal, and where its weights are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, weights: Path, settings: Mapping[str, Any]) -> None:
+        record = {"weights": os.path.relpath(weights, self.path.parent), "settings": _decisive(settings)}
+        self.path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    def weights(self, settings: Mapping[str, Any]) -> Path | None:
+        """The weights of a stage that is done; None when it is not, or is to go further than it went.
+
+        Raises:
+            CheckpointError: it was done with other settings than these.
+        """
+        if not self.path.is_file():
+            return None
+        record = json.loads(self.path.read_text(encoding="utf-8"))
+        now, then = _decisive(settings), record["settings"]
+        changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+        if any(key not in LENGTH for key in changed):
+            found = "; ".join(f"{k}: got {now.get(k)!r}, saved {then.get(k)!r}" for k in changed)
+            raise CheckpointError(
+                f"{self.path.parent} is done, with other settings: {found}. "
+                "Type run_name=ANOTHER, or resume=never to set it aside and start again"
+            )
+        weights = (self.path.parent / record["weights"]).resolve()
+        return weights if not changed and weights.is_dir() else None
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The stage's tree as plain values, without what may differ from start to start."""
+    plain = to_plain(cfg)
+    return {key: value for key, value in plain.items() if key != "resume"}
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that decide a stage's numbers, and how far it goes."""
+    flat = dict(_flatten(settings))
+    keys = [k for k in flat if k in LENGTH or any(k == p or k.startswith(p + ".") for p in LOCKED)]
+    return {key: flat[key] for key in sorted(keys)}
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def stage_resume(cfg: DictConfig, stage: str) -> str:
+    """`resume` as it concerns one stage: with several stages a path belongs to the one whose folder holds it."""
+    resume = str(cfg.resume)
+    if resume in ("auto", "never") or len(cfg.stages) == 1:
+        return resume
+    folders = {name: (Path(cfg.run_dir) / name).resolve() for name in cfg.stages}
+    owners = [name for name, folder in folders.items() if Path(resume).resolve().is_relative_to(folder)]
+    if not owners:
+        raise ConfigError(
+            f"resume={resume} lies in no stage of this run ({', '.join(map(str, folders.values()))}). "
+            "Type 'stages=[STAGE]' to resume one stage from elsewhere"
+        )
+    return resume if stage in owners else "auto"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Compose the tree ahead of Hydra's own main, to say what is wrong in one clean message and before a file is written.
+
+Hydra prints a misspelt key without the valid ones and exits with 1; it would also build what `hydra.callbacks`,
+`hydra.launcher` and the logging configs name, without asking. Both are settled here. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_reason.config.stage import without_hydra
+from lit_reason.errors import ConfigError, UnsafeTargetError, nearest
+
+CONF = "pkg://lit_reason.conf"
+LAUNCHERS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+LOG_CLASSES = ("logging.", "rich.logging.", "colorlog.")
+KEY = re.compile(r"(?:Could not (?:override|delete from config\. The value of|delete from config\.)|at) '([^']+)'")
+
+
+def parse_argv(argv: Sequence[str]) -> Namespace:
+    """Hydra's command line, e.g. `["-m", "seed=1,2"]` -> `.multirun`, `.overrides`, `.config_name`, `.config_dir`."""
+    args = get_args_parser().parse_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise UnsafeTargetError("--experimental-rerun reads a pickle, which can run code. Type the overrides again")
+    return args
+
+
+def compose(
+    config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None, multirun: bool = False
+) -> DictConfig:
+    """The tree with its `hydra` node, or a ConfigError that says what was got, what is valid and what to type.
+
+    Example::
+
+        >>> compose("train", ["experiment=arith_gdpo", "seed=2"]).seed
+        2
+    """
+    try:
+        cfg = _load(config_name, overrides, config_dir, multirun)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, config_name, list(overrides), config_dir, multirun) from error
+    _check_hydra(cfg.hydra)
+    return cfg
+
+
+def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Each swept value once, the other sweeps left at their base: enough to find a misspelt value before job 1 runs."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    plain = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
+    for override in parsed:
+        if override.is_choice_sweep():
+            for value in override.sweep_string_iterator():
+                yield [*plain, f"{override.get_key_element()}={value}"]
+
+
+def _loader(config_dir: str | None) -> ConfigLoaderImpl:
+    search_path = create_config_search_path(CONF)
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is no folder. Type the folder that holds your YAML groups")
+        search_path.append("command-line", f"file://{Path(config_dir).absolute()}")
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def _load(name: str, overrides: Sequence[str], config_dir: str | None, multirun: bool) -> DictConfig:
+    loader = _loader(config_dir)
+    # The loader reads the job's name from Hydra's singletons; they are put back as hydra.main expects them.
+    state = Singleton.get_state()
+    try:
+        setup_globals()
+        JobRuntime.instance().set("name", name)
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        return loader.load_configuration(name, list(overrides), run_mode=mode, from_shell=True)
+    finally:
+        Singleton.set_state(state)
+
+
+def _explain(error: Exception, name: str, overrides: list[str], config_dir: str | None, multirun: bool) -> ConfigError:
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None and str(e))
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error, text, name, config_dir)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"cannot read {error.override!r}: {text.splitlines()[0]}. "
+            "Type key=value; quote values with spaces, brackets or commas: 'key=[a,b]' or 'key=\"a b\"'"
+        )
+    found = KEY.search(text)
+    if found:
+        return _unknown_key(found[1], text, name, overrides, config_dir)
+    if "requires --multirun" in text:
+        return ConfigError(f"{text.splitlines()[0]}: to run every value type -m before the overrides")
+    return ConfigError(f"the configuration does not compose: {' '.join(text.split())}")
+
+
+def _missing_option(error: MissingConfigException, text: str, name: str, config_dir: str | None) -> ConfigError:
+    group, _, got = str(error.missing_cfg_file or "").rpartition("/")
+    options = _loader(config_dir).get_group_options(group, ObjectType.CONFIG) if group else error.options
+    if group and options:
+        return ConfigError(f"unknown option {group}={got}: {nearest(got, options)}. Type {group}=NAME")
+    override = re.search(r"Could not override '([^'@]+)", text)
+    if override:
+        return _unknown_key(override[1], text, name, [], config_dir)
+    return ConfigError(" ".join(text.split()))
+
+
+def _unknown_key(key: str, text: str, name: str, overrides: list[str], config_dir: str | None) -> ConfigError:
+    if "An item is already at" in text:
+        return ConfigError(f"+{key} adds a key, but {key} exists. Type {key}=VALUE without the +")
+    keys, groups = _known(key, name, overrides, config_dir)
+    valid = {**dict.fromkeys(keys), **dict.fromkeys(groups)}
+    head = key.rpartition(".")[0]
+    beside = [k for k in valid if k.rpartition(".")[0] == head] if head and head in valid else list(valid)
+    hint = nearest(key, beside)
+    if len(beside) > 70:
+        hint = nearest(key, [k for k in beside if "." not in k])
+    if "delete" in text:
+        return ConfigError(f"~{key} removes nothing, there is no such key: {hint}")
+    return ConfigError(
+        f"unknown key {key}: {hint}. Type one of these as key=value; a parameter that exists but is not in the "
+        f"YAML is added with +{key}=VALUE; 'lit-reason-{name} --cfg job' prints the tree"
+    )
+
+
+def _known(bad: str, name: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], list[str]]:
+    """Keys and groups of the tree, composed without the bad override and, if that fails, without any."""
+    kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] != bad and "hydra" not in o]
+    for attempt in (kept, []):
+        try:
+            cfg = _load(name, attempt, config_dir, multirun=True)
+        except (HydraException, OmegaConfBaseException):
+            continue
+        groups = [g for g in cfg.hydra.runtime.choices if not g.startswith("hydra")]
+        return list(_keys(OmegaConf.to_container(without_hydra(cfg)), "")), groups
+    return [], []
+
+
+def _keys(node: Any, path: str) -> Iterator[str]:
+    for key, child in node.items() if isinstance(node, dict) else ():
+        if not str(key).startswith("_"):
+            at = f"{path}.{key}" if path else str(key)
+            yield at
+            yield from _keys(child, at)
+
+
+def _check_hydra(hydra: DictConfig) -> None:
+    """Hydra builds what these nodes name before our code runs: refuse all but its own."""
+    if hydra.get("callbacks"):
+        raise UnsafeTargetError(
+            "refused: hydra.callbacks names code that Hydra runs unchecked; use `callbacks` instead"
+        )
+    for node in ("launcher", "sweeper"):
+        target = str(hydra[node].get("_target_"))
+        if not target.startswith(LAUNCHERS):
+            raise UnsafeTargetError(f"refused: hydra.{node}._target_: {target}; valid: Hydra's own plugins")
+    for name in hydra.job.get("env_set") or {}:
+        if str(name).startswith(("LD_", "PYTHON", "PATH")):
+            raise UnsafeTargetError(f"refused: hydra.job.env_set.{name} changes which code runs; set it in your shell")
+    for node in ("job_logging", "hydra_logging"):
+        _check_logging(OmegaConf.to_container(hydra[node] or OmegaConf.create({})), f"hydra.{node}")
+
+
+def _check_logging(node: Any, path: str) -> None:
+    """`logging.config.dictConfig` calls what stands under `()` and `class` and follows `ext://`."""
+    if isinstance(node, str) and node.startswith("ext://") and node not in ("ext://sys.stdout", "ext://sys.stderr"):
+        raise UnsafeTargetError(f"refused: {path}: {node}")
+    for key, child in node.items() if isinstance(node, dict) else ():
+        if key in ("()", "class", ".") and not str(child).startswith(LOG_CLASSES):
+            raise UnsafeTargetError(f"refused: {path}.{key}: {child}; valid: classes of the logging module")
+        _check_logging(child, f"{path}.{key}")
+    for i, child in enumerate(node) if isinstance(node, list) else ():
+        _check_logging(child, f"{path}[{i}]")
