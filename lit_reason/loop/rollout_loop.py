@@ -45,11 +45,11 @@ class RoundShape:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise ConfigError(f"rollout.{name}={value}: must be at least 1")
+                raise ConfigError(f"rollout.shape.{name}={value}: must be at least 1")
         if self.prompts_per_round % self.minibatches:
             raise ConfigError(
-                f"rollout.prompts_per_round={self.prompts_per_round} is not divisible by "
-                f"rollout.minibatches={self.minibatches}: whole groups are dealt to optimizer steps"
+                f"rollout.shape.prompts_per_round={self.prompts_per_round} is not divisible by "
+                f"rollout.shape.minibatches={self.minibatches}: whole groups are dealt to optimizer steps"
             )
         rows = self.prompts_per_round // self.minibatches * self.group_size
         if rows % self.micro_batches:

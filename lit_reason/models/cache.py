@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lit_reason.models.config import ModelConfig
 
-
 SLOTS = 16  # positions are read in multiples of this, so that decoding meets few shapes (see `layers.round_up`)
 
 

@@ -45,7 +45,7 @@ class AdamW:
     def build(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The optimizer over `model`'s trainable parameters, and its schedule in optimizer steps."""
         groups = parameter_groups(model, lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, foreach=True)  # type: ignore[arg-type]
         factor = schedule(
             self.schedule,
             warmup_steps=self.warmup_steps,

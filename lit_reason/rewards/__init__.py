@@ -8,6 +8,7 @@ from lit_reason.rewards.length import Length
 from lit_reason.rewards.numbers import Number, last_number, parse_number, same_answer
 from lit_reason.rewards.reasoning_gym import ReasoningGymScore
 from lit_reason.rewards.rubric import Rubric
+from lit_reason.rewards.shuffled import ShuffledRubric
 
 __all__ = [
     "AnswerAnywhere",
@@ -22,6 +23,7 @@ __all__ = [
     "Reward",
     "RewardFault",
     "Rubric",
+    "ShuffledRubric",
     "Tags",
     "last_number",
     "parse_number",

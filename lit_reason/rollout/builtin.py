@@ -47,9 +47,9 @@ class BuiltinEngine:
     def __init__(self, tokenizer: Tokenizer, dtype: str = "bfloat16", max_rows: int = 512) -> None:
         dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
         if dtype not in dtypes:
-            raise ConfigError(f"rollout.dtype={dtype!r}: valid {', '.join(dtypes)}")
+            raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(dtypes)}")
         if max_rows < 1:
-            raise ConfigError(f"rollout.max_rows={max_rows}: must be at least 1")
+            raise ConfigError(f"rollout.engine.max_rows={max_rows}: must be at least 1")
         self.tokenizer, self.dtype, self.max_rows = tokenizer, dtypes[dtype], max_rows
         self._model: Transformer | None = None
         self._version = -1
@@ -135,7 +135,7 @@ class BuiltinEngine:
 
         row = torch.arange(B, device=device)  # the live rows of the batch, as indices into the chunk
         length = torch.tensor([len(p) for p in prompts], device=device)
-        alive = torch.ones(B, dtype=torch.bool, device=device)
+        alive, live = torch.ones(B, dtype=torch.bool, device=device), B
         for step in range(steps):
             token, logprob = draw(logits_BV, sampling, uniform_BT[row, step])
             tokens_BT[row, step], logprobs_BT[row, step] = token, logprob
@@ -144,8 +144,8 @@ class BuiltinEngine:
             stopped_B[row] |= stop
             position = length + step
             alive = alive & ~stop & (position + 1 < room)
-            live = int(alive.sum())
-            meter.update(tokens=row.numel(), finished=B - live)
+            drawn, live = live, int(alive.sum())
+            meter.update(tokens=drawn, finished=B - live)
             if live == 0 or step + 1 == steps:
                 break
             if round_up(live) < _COMPACT_BELOW * row.numel():

@@ -1,0 +1,195 @@
+"""One function per stage: from a stage's tree to a trained model.
+
+pretrain, sft   data -> LightningModule -> Trainer.fit
+rl              prompts -> RolloutLoop(engine, rubric, policy) -> Trainer.fit, evaluated before and after
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rich
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from lit_reason import zoo
+from lit_reason.checkpoint import SafeCheckpointIO, find_resume
+from lit_reason.config.instantiate import instantiate
+from lit_reason.data import PromptCursor, PromptData, Tokenizer
+from lit_reason.errors import ConfigError, DataError
+from lit_reason.evaluate import EvalReport, compare, evaluate
+from lit_reason.loop import RolloutLoop, Stages
+from lit_reason.models import Transformer
+from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFTModule
+from lit_reason.objectives import check_group_size
+from lit_reason.rewards import AnswerAnywhere, Rubric, ShuffledRubric
+from lit_reason.rollout import Engine, request_seed
+
+
+def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer]:
+    """The stage's data, and its model: `weights` of the stage before, else `init`, else random weights."""
+    data: PromptData = build(cfg, "data")
+    name = weights if weights is not None else cfg.init
+    if name is not None:
+        return data, load_model(name, data.tokenizer)
+    config = build(cfg, "model")
+    if config.vocab_size < data.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}: "
+            f"type model.vocab_size={data.tokenizer.vocab_size}"
+        )
+    return data, Transformer(config)
+
+
+def load_model(name: str | Path, tokenizer: Tokenizer) -> Transformer:
+    """A saved model that was trained with this tokenizer; DataError for another one."""
+    found = zoo.load(name)
+    if found.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise DataError(
+            f"{name} was trained with the tokenizer {found.tokenizer.fingerprint()[:12]}, data.tokenizer is "
+            f"{tokenizer.fingerprint()[:12]}: its token ids mean something else. Type data.tokenizer=NAME of its own"
+        )
+    return found.model
+
+
+def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
+    """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
+    path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
+    metrics = _metrics(json.loads(summary.read_text())) if summary.exists() else {}
+    recipe = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in ("hydra", "tags")]), resolve=True)
+    info = {"recipe": recipe, "seed": cfg.seed, "commit": commit(), "metrics": metrics}
+    return zoo.save(path, model, data.tokenizer, info, overwrite=True)
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
+    """The card's figures, of a comparison (`..._after`) or of one evaluation."""
+    found = {}
+    for name, suffix in (("pass_at_1", ""), ("pass_at_1_format_blind", "_format_blind")):
+        if f"{name}_after" in summary:
+            found[name] = {"value": summary[f"{name}_after"], "ci": summary[f"ci{suffix}_after"], "n": summary["n"]}
+        elif name in summary:
+            ci = [summary[f"{name}_low"], summary[f"{name}_high"]]
+            found[name] = {"value": summary[name], "ci": ci, "n": int(summary["n"])}
+    return found
+
+
+def commit() -> str:
+    """The code's commit, with `+changes` when files differ from it; "unknown" outside a checkout."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    return (head + "+changes" if changed else head) or "unknown"
+
+
+def build(cfg: DictConfig, key: str, **kwargs: Any) -> Any:
+    """The object that the node `key` describes."""
+    return instantiate(OmegaConf.select(cfg, key), allow_targets=cfg.allow_targets, **kwargs)
+
+
+def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
+    """Lightning's Trainer of the stage, with crash-safe checkpoints."""
+    callbacks = list((build(cfg, "callbacks") if cfg.callbacks else {}).values())
+    loggers = list((build(cfg, "logger") if cfg.logger else {}).values())
+    plugins = [SafeCheckpointIO()]
+    return build(cfg, "trainer", callbacks=callbacks, logger=loggers or False, plugins=plugins, **kwargs)()
+
+
+def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any) -> None:
+    checkpoint = find_resume(cfg.run_dir, cfg.resume)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}")
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+
+def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:
+    """Next-token training on plain worked problems."""
+    data, model = start(cfg, weights)
+    text = build(cfg, "text")(data=data, seed=cfg.seed)
+    _supervised(cfg, PretrainModule(model, build(cfg, "optimizer")), text)
+    return save_model(cfg, model, data)
+
+
+def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
+    """Priming on a few worked solutions in the chat template; the result is evaluated."""
+    data, model = start(cfg, weights)
+    solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
+    _supervised(cfg, SFTModule(model, build(cfg, "optimizer")), solutions)
+    if cfg.evaluation.n:
+        report = evaluate_model(cfg, model, data)
+        estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
+        print(f"held-out problems: pass@1 {estimate}" + (f", format-blind {blind}" if blind else ""))
+        write_summary(Path(cfg.run_dir), report.summary())
+    return save_model(cfg, model, data)
+
+
+def _supervised(cfg: DictConfig, module: LanguageModule, data: Any) -> None:
+    if cfg.trainer.max_steps < 1 and not cfg.trainer.get("fast_dev_run"):
+        raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps}: a supervised stage needs a length, e.g. 500")
+    _fit(cfg, make_trainer(cfg), module, data)
+
+
+def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
+    """Reinforcement learning with verifiable rewards; writes `summary.json` with the before/after comparison."""
+    data, model = start(cfg, weights)
+    objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
+    check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
+    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    rubric = Rubric(build(cfg, "reward"), max_fault_fraction=cfg.rollout.max_fault_fraction)
+    if cfg.rollout.shuffle_rewards:
+        rubric = ShuffledRubric(rubric)
+    policy = PolicyModule(model, build(cfg, "optimizer"), objective, temperature=sampling.temperature)
+    trainer = make_trainer(cfg, max_epochs=1, accumulate_grad_batches=shape.micro_batches)
+
+    def on_progress(progress: Any) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_generation_progress"):
+                callback.on_generation_progress(trainer, policy, progress)
+
+    stages = Stages(
+        push=lambda version: engine.push(policy.model, version),
+        generate=lambda prompts, seeds, idx: engine.generate(prompts, sampling, seeds, idx, on_progress),
+        score=rubric.score,
+        advantages=objective.advantages,
+        old_logprobs=policy.old_logprobs if shape.updates > 1 or objective.needs_old else None,
+        ref_logprobs=policy.ref_logprobs if objective.needs_ref or cfg.rollout.log_kl else None,
+    )
+    loop = RolloutLoop(
+        PromptCursor(data.train_prompts(), seed=cfg.seed),
+        stages,
+        shape,
+        request_seed=request_seed,
+        seed=cfg.seed,
+        max_completion=sampling.max_tokens,
+        pad_id=data.tokenizer.pad_id,
+        on_round=policy.on_round,
+    )
+    before = evaluate_model(cfg, model, data) if cfg.evaluation.n else None
+    began = time.perf_counter()
+    _fit(cfg, trainer, policy, loop)
+    seconds = time.perf_counter() - began
+    if before is not None:
+        comparison = compare(before, evaluate_model(cfg, model, data))
+        rich.print(comparison.table())
+        summary = comparison.to_dict() | {"seconds": seconds, "tokens_per_s": policy.completion_tokens / seconds}
+        write_summary(Path(cfg.run_dir), summary)
+    return save_model(cfg, model, data)
+
+
+def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData) -> EvalReport:
+    """The stage's rewards, and the format-blind answer, on held-out problems."""
+    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    engine.push(model, 0)
+    rewards = build(cfg, "reward")
+    rewards.setdefault("answer_anywhere", AnswerAnywhere(weight=0.0))
+    sampling = build(cfg, "rollout.sampling")
+    prompts = data.test_prompts(cfg.evaluation.n)
+    return evaluate(engine, prompts, Rubric(rewards), sampling=sampling, k=cfg.evaluation.k, seed=cfg.seed)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
