@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lit_reason import zoo
+from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.config.instantiate import instantiate
 from lit_reason.data import PromptCursor, PromptData, Tokenizer
@@ -27,6 +28,8 @@ from lit_reason.loop import RolloutLoop, Stages
 from lit_reason.models import Transformer
 from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFTModule
 from lit_reason.objectives import check_group_size
+from lit_reason.report import write_report
+from lit_reason.report.records import STEPS
 from lit_reason.rewards import AnswerAnywhere, Rubric, ShuffledRubric
 from lit_reason.rollout import Engine, request_seed
 
@@ -177,6 +180,8 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         rich.print(comparison.table())
         summary = comparison.to_dict() | {"seconds": seconds, "tokens_per_s": policy.completion_tokens / seconds}
         write_summary(Path(cfg.run_dir), summary)
+        if (Path(cfg.run_dir) / STEPS).exists():
+            write_report(cfg.run_dir)  # once more, now with the comparison
     return save_model(cfg, model, data)
 
 
@@ -188,7 +193,16 @@ def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Eva
     rewards.setdefault("answer_anywhere", AnswerAnywhere(weight=0.0))
     sampling = build(cfg, "rollout.sampling")
     prompts = data.test_prompts(cfg.evaluation.n)
-    return evaluate(engine, prompts, Rubric(rewards), sampling=sampling, k=cfg.evaluation.k, seed=cfg.seed)
+    print(f"evaluating {len(prompts)} held-out problems")
+    return evaluate(
+        engine,
+        prompts,
+        Rubric(rewards),
+        sampling=sampling,
+        k=cfg.evaluation.k,
+        seed=cfg.seed,
+        progress=lambda progress: print(generation_line(progress)) if progress.done < progress.total else None,
+    )
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

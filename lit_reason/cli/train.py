@@ -31,11 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DONE = "done.json"
-LENGTH = (
-    "trainer.max_steps",
-    "trainer.max_epochs",
-    "rollout.shape.rounds",
-)  # raise one and a stage that is done goes on
+# Raise one of these and a stage that is done goes on.
+LENGTH = ("trainer.max_steps", "trainer.max_epochs", "rollout.shape.rounds")
 # A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
 LOCKED = (
     *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),

@@ -10,7 +10,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -25,7 +25,7 @@ from lit_reason.errors import ConfigError, nearest
 
 def check_run(cfg: DictConfig) -> None:
     """Run-level values: stages, resume, seed, tags, and that no mandatory value (`???`) is left open."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = sorted(_missing(OmegaConf.to_container(cfg), ""))
     if missing:
         typed = " ".join(f"{key}=VALUE" for key in missing)
         raise ConfigError(f"no value for {', '.join(missing)}. Type: {typed}")
@@ -39,6 +39,17 @@ def check_run(cfg: DictConfig) -> None:
         raise ConfigError(f"seed={seed!r}; valid: a whole number of 0 or more, e.g. seed=1")
     if not OmegaConf.is_list(cfg.get("tags", OmegaConf.create([]))):
         raise ConfigError(f"tags={cfg.tags!r} is no list. Type 'tags=[{cfg.tags}]'")
+
+
+def _missing(node: Any, path: str) -> Iterator[str]:
+    """Keys whose value is `???`; OmegaConf's own search stumbles over interpolations that point at one."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        at = f"{path}.{key}" if path else str(key)
+        if child == "???":
+            yield at
+        else:
+            yield from _missing(child, at)
 
 
 def _check_stages(stages: Any) -> None:

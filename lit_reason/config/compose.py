@@ -73,7 +73,7 @@ def _loader(config_dir: str | None) -> ConfigLoaderImpl:
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(f"--config-dir {config_dir} is no folder. Type the folder that holds your YAML groups")
-        search_path.append("command-line", f"file://{Path(config_dir).absolute()}")
+        search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor="schema")
     return ConfigLoaderImpl(config_search_path=search_path)
 
 

@@ -216,9 +216,7 @@ def _refusal(target: Any, where: str, reason: str) -> str:
     )
     root = str(target).split(".")[0]
     if isinstance(target, str) and NAME.fullmatch(target) and root not in NEVER_ROOTS:
-        text += (
-            f"\nIf {root} is your own package, type: '+allow_targets=[{root}]' (or `allow_targets: [{root}]` in YAML)."
-        )
+        text += f"\nIf {root} is your own package, type 'allow_targets=[{root}]', or `allow_targets: [{root}]` in YAML."
     else:
         text += "\nTo use your own code put it in a package and type 'allow_targets=[my_pkg]'."
     return text

@@ -11,6 +11,7 @@ Round r is generated when its first batch is asked for, which is after the last 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -149,7 +150,7 @@ class RolloutLoop:
         distinct = self.prompts.next(P)
         prompts = [prompt for prompt in distinct for _ in range(G)]
         samples = list(range(G)) * P
-        seeds = [self.request_seed(self.seed, self._round, p.id, i) for p, i in zip(prompts, samples, strict=True)]
+        seeds = self._seeds(distinct)
 
         self.stages.push(self._round)
         clock.lap("sync")
@@ -186,6 +187,16 @@ class RolloutLoop:
         ]
         self._training_since = time.perf_counter()
         return batches
+
+    def _seeds(self, prompts: Sequence[Prompt]) -> list[int]:
+        """G seeds a prompt. A prompt that is dealt twice, around the end of an epoch, goes on counting its samples:
+        equal seeds would give equal completions."""
+        G, dealt, seeds = self.shape.group_size, Counter[str](), []
+        for prompt in prompts:
+            first = dealt[prompt.id]
+            seeds += [self.request_seed(self.seed, self._round, prompt.id, first + i) for i in range(G)]
+            dealt[prompt.id] += G
+        return seeds
 
     def _shuffle_seed(self, epoch: int) -> int:
         return self.request_seed(self.seed, self._round, "shuffle", epoch)

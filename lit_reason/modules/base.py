@@ -32,8 +32,7 @@ class LanguageModule(L.LightningModule):
         self._meter = Meter()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, scheduler = self.optimizer_recipe.build(self.model, steps)
+        optimizer, scheduler = self.optimizer_recipe.build(self.model, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -42,6 +41,10 @@ class LanguageModule(L.LightningModule):
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(router.load_E)
             router.update_bias(self.router_bias_rate)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))  # before clipping
 
     def log_step(
         self,
@@ -67,6 +70,15 @@ class LanguageModule(L.LightningModule):
                 f"loss is {loss.item()} at step {self.trainer.global_step}; nothing of this step was applied or saved. "
                 f"Lower optimizer.lr, or look at the data of this step"
             )
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run."""
+    steps = int(trainer.estimated_stepping_batches)
+    # Asking has loaded the dataloader, before Lightning 2.6.6 restored the loops; it would not load it again, so the
+    # loader's saved state would be lost and a resumed run would start its data anew.
+    trainer.fit_loop._combined_loader = None
+    return steps
 
 
 class Meter:

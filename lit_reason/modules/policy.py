@@ -19,6 +19,7 @@ from lit_reason.sync import checksum
 from lit_reason.types import PolicyBatch
 
 REFERENCE_KEY = "lit_reason/reference"
+ROUND_KEY = "lit_reason/round_metrics"
 
 
 class PolicyModule(LanguageModule):
@@ -103,9 +104,11 @@ class PolicyModule(LanguageModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ROUND_KEY] = self._round_metrics  # a resume in mid-round logs what the round's other steps logged
         checkpoint[REFERENCE_KEY] = {"sha256": self._reference_checksum, "rule": "frozen at the start of the run"}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._round_metrics = checkpoint[ROUND_KEY]
         saved = checkpoint[REFERENCE_KEY]["sha256"]
         if saved != self._reference_checksum:
             raise CheckpointError(
