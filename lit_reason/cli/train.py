@@ -6,7 +6,7 @@ lit-reason-train -m algorithm=grpo,gdpo seed=1,2,3
 
 run_dir/
   pretrain/  sft/  rl/     a run directory each (checkpoints, metrics, completions)
-  <stage>/done.json        written when the stage reached its goal; the same command then goes on with the next
+  <stage>/done.json        written when the stage reached its goal; the same command then goes on with the next one
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DONE = "done.json"
-# Raise one of these and a stage that is done goes on.
+# An interrupted stage may go further than it was told at first.
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "rollout.shape.rounds")
 # A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
 LOCKED = (
@@ -116,24 +116,25 @@ class Done:
         self.path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def weights(self, settings: Mapping[str, Any]) -> Path | None:
-        """The weights of a stage that is done; None when it is not, or is to go further than it went.
+        """The weights of a stage that is done, None when it is not.
 
         Raises:
-            CheckpointError: it was done with other settings than these.
+            CheckpointError: it was done with other settings. A longer run is no exception: Lightning would resume an
+                epoch that has ended, train nothing and exit with 0.
         """
         if not self.path.is_file():
             return None
         record = json.loads(self.path.read_text(encoding="utf-8"))
         now, then = _decisive(settings), record["settings"]
+        weights = (self.path.parent / record["weights"]).resolve()
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-        if any(key not in LENGTH for key in changed):
+        if changed:
             found = "; ".join(f"{k}: got {now.get(k)!r}, saved {then.get(k)!r}" for k in changed)
             raise CheckpointError(
-                f"{self.path.parent} is done, with other settings: {found}. "
-                "Type run_name=ANOTHER, or resume=never to set it aside and start again"
+                f"{self.path.parent} is done, with other settings: {found}. Type run_name=ANOTHER (with "
+                f"init=dir:{weights} to go on from these weights), or resume=never to set this run aside and start again"
             )
-        weights = (self.path.parent / record["weights"]).resolve()
-        return weights if not changed and weights.is_dir() else None
+        return weights if weights.is_dir() else None
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from torch import Tensor
 from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.loop import RolloutLoop, Round
 from lit_reason.models import Transformer
+from lit_reason.models.checksum import checksum
 from lit_reason.modules.base import LanguageModule
 from lit_reason.modules.supervised import real_tokens
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
-from lit_reason.sync import checksum
 from lit_reason.types import PolicyBatch
 
 REFERENCE_KEY = "lit_reason/reference"
@@ -63,6 +63,8 @@ class PolicyModule(LanguageModule):
         self.reference.to(self.device)
         if self.trainer.world_size > 1:
             raise ConfigError(f"trainer.devices: RL runs on one process for now, got {self.trainer.world_size}")
+
+    def on_train_start(self) -> None:
         loop = self.trainer.train_dataloader
         accumulate = self.trainer.accumulate_grad_batches
         if isinstance(loop, RolloutLoop) and loop.shape.micro_batches != accumulate:
