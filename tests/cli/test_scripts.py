@@ -1,0 +1,135 @@
+"""The console scripts, run in this process: exit codes, messages, run directories, the way from stage to stage."""
+
+import json
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from lit_reason import zoo
+from lit_reason.cli import eval as eval_script
+from lit_reason.cli import generate, train
+from lit_reason.data import ByteTokenizer
+from lit_reason.models import ModelConfig, Transformer
+
+SMALL = [
+    *("model=tiny", "data.source.size=300", "evaluation.n=4", "rollout.sampling.max_tokens=8", "extras.threads=1"),
+    *("rollout.shape.rounds=2", "rollout.shape.prompts_per_round=2", "rollout.shape.group_size=2"),
+    *("rollout.shape.micro_batches=1", "priming.n_examples=40", "callbacks=[checkpoint,rng,report]"),
+    *("callbacks.checkpoint.every_n_train_steps=1", "+trainer.enable_progress_bar=false", "reward.length.max_tokens=8"),
+    *("reward.length.buffer=2", "trainer.precision=32-true", "pretrain.optimizer.warmup_steps=0"),
+    *("sft.optimizer.warmup_steps=0", "pretrain.trainer.max_steps=2", "sft.trainer.max_steps=2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    GlobalHydra.instance().clear()
+
+
+def call(main, *argv):
+    """The script's exit code."""
+    sys.argv[1:] = argv
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-reason-test"])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = Transformer(
+        ModelConfig(width=32, depth=2, heads=2, kv_lora_rank=16, ffn_width=64, experts=4, expert_width=32)
+    )
+    info = {"recipe": "none", "seed": 0, "commit": "none", "metrics": {}}
+    return zoo.save(tmp_path / "shelf" / "model", model, ByteTokenizer(), info)
+
+
+@pytest.mark.parametrize(
+    "override", ["algorithm=gpdo", "model.widht=3", "+model.widht=3", "resume=atuo", "model._target_=os.system"]
+)
+def test_a_mistake_ends_with_code_2_one_message_and_no_folder(override, folder, capsys):
+    assert call(train.main, override) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and ("did you mean" in said or "refused" in said)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_mistake_in_one_value_of_a_sweep_stops_before_job_one(folder, capsys):
+    assert call(train.main, "-m", "algorithm=grpo,gpdo", "seed=1,2") == 2
+    assert "gpdo" in capsys.readouterr().err and list(folder.iterdir()) == []
+
+
+def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, capsys):
+    line = ["experiment=arith_from_scratch", *SMALL]
+    assert call(train.main, *line) == 0
+    run = folder / "runs" / "arith_from_scratch"
+    done = {stage: json.loads((run / stage / "done.json").read_text()) for stage in ("pretrain", "sft", "rl")}
+    assert all(record["weights"] == "model" for record in done.values())
+    assert json.loads((run / "rl" / "summary.json").read_text())["n"] == 4
+    primed, trained = zoo.load(run / "sft" / "model").model, zoo.load(run / "rl" / "model").model
+    assert any(not a.equal(b) for a, b in zip(primed.parameters(), trained.parameters(), strict=True))
+
+    monkeypatch.setattr(train, "stage_functions", dict)  # nothing can be trained from here on
+    assert call(train.main, *line) == 0
+    capsys.readouterr()
+    for change, said in (("seed=2", "seed: got 2, saved 1"), ("sft.trainer.max_steps=3", "got 3, saved 2")):
+        assert call(train.main, *line, change) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_a_stage_that_was_cut_off_goes_on_and_hands_its_weights_on(folder, monkeypatch):
+    line = ["experiment=arith_from_scratch", *SMALL, "stages=[pretrain,sft]", "pretrain.trainer.max_steps=3"]
+    functions, seen = train.stage_functions(), []
+
+    def cut_off(cfg, weights):
+        cfg.trainer.max_steps = 2
+        functions["pretrain"](cfg, weights)
+        raise KeyboardInterrupt
+
+    def watched(cfg, weights):
+        seen.append(weights)
+        return functions["sft"](cfg, weights)
+
+    monkeypatch.setattr(train, "stage_functions", lambda: {"pretrain": cut_off})
+    with pytest.raises(KeyboardInterrupt):
+        call(train.main, *line)
+    GlobalHydra.instance().clear()
+    run = folder / "runs" / "arith_from_scratch"
+    assert not (run / "pretrain" / "done.json").exists()
+    monkeypatch.setattr(train, "stage_functions", lambda: functions | {"sft": watched})
+    assert call(train.main, *line) == 0
+    rows = [json.loads(text)["step"] for text in (run / "pretrain" / "metrics" / "steps.jsonl").open()]
+    assert rows == [0, 1, 2]
+    assert seen == [run / "pretrain" / "model"]
+
+
+def test_eval_writes_items_and_keeps_earlier_ones(saved, folder, capsys):
+    line = [f"checkpoint='dir:{saved}'", "n=5", "k=2", "run_name=mine", "data.source.size=300", "extras.threads=1"]
+    assert call(eval_script.main, *line, "rollout.sampling.max_tokens=6") == 0
+    items = (folder / "runs" / "mine" / "items.jsonl").read_text().splitlines()
+    summary = json.loads((folder / "runs" / "mine" / "summary.json").read_text())
+    assert len(items) == 5 * (1 + 2) and summary["n"] == 5 and summary["k"] == 2
+    assert "pass@1" in capsys.readouterr().out
+    assert call(eval_script.main, *line, "rollout.sampling.max_tokens=6") == 0
+    assert (folder / "runs" / "mine" / "items.old-1.jsonl").read_text().splitlines()[0] == items[0]
+    assert call(eval_script.main, "n=0", "checkpoint=x") == 2
+    assert call(eval_script.main) == 2 and "checkpoint=VALUE" in capsys.readouterr().err
+
+
+def test_generate_prints_every_completion(saved, capsys):
+    line = [f"checkpoint='dir:{saved}'", "rollout.sampling.max_tokens=4", "extras.threads=1"]
+    assert call(generate.main, *line, 'prompt="What is 1 + 2?"', "n=3", "rollout.sampling.temperature=1") == 0
+    out = capsys.readouterr().out
+    assert "What is 1 + 2?" in out and out.count("  ") >= 3
+    assert call(generate.main, *line, "prompt=12", "n=3") == 2
+    assert "rollout.sampling.temperature=1" in capsys.readouterr().err
+    assert call(generate.main, "checkpoint=nothing", "prompt=12") == 1

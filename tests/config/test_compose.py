@@ -1,0 +1,170 @@
+"""The shipped tree composes in every combination of groups, and every mistake on the command line is explained."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lit_reason.config import check_config, check_run, stage_config
+from lit_reason.config.compose import compose, parse_argv, sweep_points
+from lit_reason.config.stage import without_hydra
+from lit_reason.errors import ConfigError, UnsafeTargetError
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
+
+
+def options(group):
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+# Tree i takes option i of every group, so that a few trees hold every option.
+TREES = [{g: options(g)[i % len(options(g))] for g in GROUPS} for i in range(max(len(options(g)) for g in GROUPS))]
+
+
+def test_every_group_of_the_design_is_there():
+    names = "model data reward rollout algorithm optimizer kernels trainer callbacks logger experiment hparams_search"
+    assert sorted(f"{names} debug paths extras hydra".split()) == GROUPS
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree["reward"])
+def test_every_option_composes_and_every_target_and_key_is_real(tree):
+    open_values = {"jsonl": ["data.source.path=x.jsonl"], "reasoning_gym": ["data.source.tasks={gcd: {}}"]}
+    overrides = [f"{group}={option}" for group, option in tree.items()] + open_values.get(tree["data"], [])
+    cfg = without_hydra(compose("train", overrides, multirun=True))
+    check_run(cfg)
+    for stage in ("pretrain", "sft", "rl"):
+        check_config(stage_config(cfg, stage))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "experiment=arith_gdpo",
+        "experiment=arith_gdpo model.width=512 trainer=gpu",
+        "reward=[answer,format] reward.format.weight=0.2 algorithm=dapo",
+        "callbacks=[default,expert_load] ~callbacks.report logger=[csv,wandb] tags=[a,b]",
+        "experiment=arith_from_scratch debug=fdr seed=7",
+        "experiment=arith_from_scratch +sft.data.source.size=100 sft.trainer.max_steps=3",
+    ],
+)
+def test_the_documented_lines_compose(line):
+    cfg = without_hydra(compose("train", line.split()))
+    check_run(cfg)
+    for stage in cfg.stages:
+        check_config(stage_config(cfg, stage))
+
+
+def test_debug_reaches_every_stage():
+    cfg = without_hydra(compose("train", ["experiment=arith_from_scratch", "debug=fdr"]))
+    assert all(stage_config(cfg, stage).trainer.fast_dev_run for stage in cfg.stages)
+
+
+def test_a_grpo_user_meets_at_most_three_levels():
+    """Levels of the tree's own keys; what a target takes as a plain mapping (a task's settings) is its argument."""
+    cfg = OmegaConf.to_container(without_hydra(compose("train", ["algorithm=grpo"])))
+    deep = [path for path in leaves(cfg) if len(path) > 3 and path[:3] != ("data", "source", "tasks")]
+    assert deep == []
+
+
+def leaves(node, path=()):
+    for key, child in node.items():
+        if not str(key).startswith("_"):
+            yield from leaves(child, (*path, key)) if isinstance(child, dict) and child else [(*path, key)]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("algorithm=gpdo", "unknown option algorithm=gpdo: did you mean .*'gdpo'.* valid: dapo, dr_grpo, gdpo, grpo"),
+        ("reward=[answer,fromat]", "unknown option reward=fromat: did you mean 'format'"),
+        ("algoritm=gdpo", "unknown key algoritm: did you mean 'algorithm'"),
+        ("modle.width=3", "unknown key modle.width: did you mean 'model'"),
+        ("model.widht=3", r"unknown key model\.widht: did you mean 'model\.width'"),
+        ("optimizer.LR=3", r"unknown key optimizer\.LR: .*optimizer\.lr"),
+        ("~callbacks.reprot", r"removes nothing.*did you mean 'callbacks\.report'"),
+        ("+seed=3", "seed exists. Type seed=VALUE without the"),
+        ("a b=c", "cannot read 'a b=c'"),
+        ("tags=[a", r"cannot read 'tags=\[a'"),
+        ("experiment=arith_gpdo", "did you mean 'arith_gdpo'"),
+        ("seed=1,2", "--multirun"),
+    ],
+)
+def test_mistakes_are_explained(override, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        compose("train", ["seed=5", override] if not override.startswith(("seed", "+seed")) else [override])
+    assert "Traceback" not in str(caught.value)
+
+
+def test_the_nearest_key_is_found_beside_other_group_choices():
+    with pytest.raises(ConfigError, match=r"did you mean 'model\.kv_lora_rank'"):
+        compose("train", ["model=tiny", "model.kv_lora_rnk=3"])
+
+
+def test_a_users_folder_adds_groups_and_a_wrong_one_is_named(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 11\n")
+    assert compose("train", ["experiment=mine"], config_dir=str(tmp_path)).seed == 11
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        compose("train", ["experiment=mne"], config_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="--config-dir"):
+        compose("train", [], config_dir=str(tmp_path / "none"))
+
+
+def test_a_users_primary_config_builds_on_ours(tmp_path):
+    (tmp_path / "train.yaml").write_text("defaults: [lit_reason, _self_]\nseed: 12\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [lit_reason, _self_]\nseed: 13\n")
+    assert compose("mine", [], config_dir=str(tmp_path)).seed == 13
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.callbacks.x._target_=os.system",
+        "hydra.launcher._target_=subprocess.Popen",
+        "hydra.sweeper._target_=os.system",
+        "+hydra.job.env_set.LD_PRELOAD=x.so",
+        "hydra.job_logging.handlers.console.class=subprocess.Popen",
+        "hydra.job_logging.handlers.console.stream=ext://os.environ",
+    ],
+)
+def test_hydras_own_doors_are_closed(override):
+    with pytest.raises(UnsafeTargetError):
+        compose("train", [override])
+
+
+def test_a_logging_factory_in_a_users_yaml_is_refused(tmp_path):
+    (tmp_path / "debug").mkdir()
+    text = "# @package _global_\nhydra: {job_logging: {formatters: {x: {(): os.system, command: id}}}}\n"
+    (tmp_path / "debug" / "bad.yaml").write_text(text)
+    with pytest.raises(UnsafeTargetError, match=r"job_logging\.formatters\.x\.\(\): os\.system"):
+        compose("train", ["debug=bad"], config_dir=str(tmp_path))
+
+
+def test_a_pickle_cannot_be_rerun():
+    with pytest.raises(UnsafeTargetError, match="pickle"):
+        parse_argv(["--experimental-rerun", "x.pickle"])
+
+
+def test_each_swept_value_is_checked_once():
+    points = list(sweep_points(["experiment=arith_gdpo", "algorithm=grpo,gpdo", "seed=1,2"]))
+    changed = [p[-1] for p in points]
+    assert changed == ["algorithm=grpo", "algorithm=gpdo", "seed=1", "seed=2"]
+    assert all(p[0] == "experiment=arith_gdpo" for p in points)
+
+
+def test_composing_needs_no_torch():
+    code = "import sys; from lit_reason.config.compose import compose; compose('train'); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_eval_and_generate_compose():
+    cfg = compose("eval", ["checkpoint=arith-1m.sft", "n=7", "k=2"])
+    assert (cfg.evaluation.n, cfg.evaluation.k) == (7, 2)
+    cfg = compose("generate", ["checkpoint=x", 'prompt="What is 1 + 2?"'])
+    assert cfg.prompt == "What is 1 + 2?" and cfg.rollout.sampling.temperature == 0.0
+    with pytest.raises(ConfigError, match="checkpoint=VALUE"):
+        check_run(without_hydra(compose("eval")))
