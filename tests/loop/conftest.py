@@ -47,9 +47,10 @@ class StubStages:
     def generate(self, prompts, seeds, samples):
         self.events.append("generate")
         return [
-            Completion(p.id, i, tuple(s // 7**j % 90 for j in range(1 + s % 5)), (self.logprob,) * (1 + s % 5), "", "stop", 0, s)
+            Completion(p.id, i, tuple(s // 7**j % 90 for j in range(n)), (self.logprob,) * n, "", "stop", 0, s)
             for p, s, i in zip(prompts, seeds, samples, strict=True)
-        ]  # fmt: skip
+            if (n := 1 + s % 5)
+        ]
 
     def score(self, prompts, completions):
         self.events.append("score")

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.loop import RoundShape
-from lit_reason.sync import checksum
+from lit_reason.models.checksum import checksum
 
 
 class Weights(L.Callback):

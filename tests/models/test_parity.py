@@ -15,14 +15,6 @@ SHARED = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
-    "vocab_size": 50,
-    "width": 32,
-    "depth": 3,
-    "heads": 2,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-}
 CASES = {
     "direct queries, no groups": ModelConfig(
         **SHARED, kv_lora_rank=16, ffn_width=48, experts=4, experts_per_token=2, expert_width=16, base=Base(32, 3)
