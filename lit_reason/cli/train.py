@@ -131,8 +131,8 @@ class Done:
         if changed:
             found = "; ".join(f"{k}: got {now.get(k)!r}, saved {then.get(k)!r}" for k in changed)
             raise CheckpointError(
-                f"{self.path.parent} is done, with other settings: {found}. Type run_name=ANOTHER (with "
-                f"init=dir:{weights} to go on from these weights), or resume=never to set this run aside and start again"
+                f"{self.path.parent} is done, with other settings: {found}. Type run_name=ANOTHER to begin anew, with "
+                f"init=dir:{weights} to go on from these weights, or resume=never to set this run aside"
             )
         return weights if weights.is_dir() else None
 

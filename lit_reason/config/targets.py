@@ -185,8 +185,8 @@ def _is_factory(obj: Any, prefixes: Sequence[str]) -> bool:
     """A top-level function, or a classmethod that the class's own package (not a base class elsewhere) defines."""
     if inspect.isfunction(obj):
         return "." not in obj.__qualname__
-    bound_to_class = inspect.ismethod(obj) and inspect.isclass(obj.__self__)
-    return bound_to_class and _below(obj.__self__.__module__, prefixes) and _below(obj.__func__.__module__, prefixes)
+    # A bound method's __module__ is where its function was written, so a base class's method was refused before.
+    return inspect.ismethod(obj) and inspect.isclass(obj.__self__) and _below(obj.__self__.__module__, prefixes)
 
 
 def _public(obj: Any) -> bool:

@@ -77,6 +77,8 @@ TARGETS = [
     "lit_reason.config.targets.locate",
     "lit_reason.config.targets.importlib.import_module",
     "lit_reason.cli.launch.launch",
+    "lit_reason.cli.train.Done",
+    "lit_reason.data.SFTData.from_datasets",
     "lit_reason.cli.stages.subprocess.run",
     "lit_reason.checkpoint.atomic.os.system",
     "lit_reason.zoo.save",
@@ -167,7 +169,9 @@ def test_reexported_module_and_class_of_others_are_refused(monkeypatch):
     monkeypatch.setattr(reexporting, "Popen", subprocess.Popen, raising=False)
     monkeypatch.setattr(reexporting, "run_later", functools.partial(subprocess.run), raising=False)
     base = "lit_reason.models.transformer"
-    for name in ("os_module.system", "runner", "Popen", "run_later"):
+    with pytest.raises(UnsafeTargetError, match="passes through the module os"):
+        instantiate({"_target_": f"{base}.os_module.system"})
+    for name in ("runner", "Popen", "run_later"):
         with pytest.raises(UnsafeTargetError):
             instantiate({"_target_": f"{base}.{name}"})
 
