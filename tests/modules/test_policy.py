@@ -147,5 +147,5 @@ def test_accumulation_other_than_the_loops_is_refused(make_policy, fit):
         seed=0,
         max_completion=1,
     )
-    with pytest.raises(ConfigError, match="accumulate_grad_batches=4 .* 2 micro-batches"):
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=4 .* 2 micro-batches"):
         fit(make_policy(), loop, accumulate=4)

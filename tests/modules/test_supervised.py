@@ -70,10 +70,10 @@ def test_real_tokens_reach_to_the_last_that_counts():
 
 
 def test_accumulation_and_broken_numbers_are_refused(make_model, batch, fit):
-    with pytest.raises(ConfigError, match="type trainer.accumulate_grad_batches=1"):
+    with pytest.raises(ConfigError, match=r"type trainer\.accumulate_grad_batches=1"):
         fit(SFTModule(make_model(), AdamW()), [batch] * 2, accumulate=2)
     model = make_model()
     with torch.no_grad():
         model.head.weight[0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="Lower optimizer.lr"):
+    with pytest.raises(NonFiniteError, match=r"Lower optimizer\.lr"):
         fit(SFTModule(model, AdamW()), [batch])
