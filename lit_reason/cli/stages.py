@@ -22,7 +22,7 @@ from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.config.instantiate import instantiate
 from lit_reason.data import PromptCursor, PromptData, Tokenizer
-from lit_reason.errors import ConfigError, DataError
+from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
 from lit_reason.loop import RolloutLoop, Stages
 from lit_reason.models import Transformer
@@ -64,7 +64,8 @@ def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
     metrics = _metrics(json.loads(summary.read_text())) if summary.exists() else {}
-    recipe = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in ("hydra", "tags")]), resolve=True)
+    decisive = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("hydra", "tags")])
+    recipe = OmegaConf.to_yaml(decisive, resolve=True)
     info = {"recipe": recipe, "seed": cfg.seed, "commit": commit(), "metrics": metrics}
     return zoo.save(path, model, data.tokenizer, info, overwrite=True)
 
@@ -107,6 +108,9 @@ def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any) -
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    goal = 1 if trainer.fast_dev_run else int(trainer.estimated_stepping_batches)
+    if trainer.global_step < goal:  # a run that did not get there must not look like one that did
+        raise LitReasonError(f"training ended at step {trainer.global_step} of {goal}; the same command goes on")
 
 
 def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:

@@ -122,13 +122,13 @@ METRICS: tuple[Metric, ...] = (
         "completion/length",
         "mean length of a completion (tokens)",
         "steady",
-        "runs to the limit: add a length reward or raise rollout.max_tokens",
+        "runs to the limit: add a length reward or raise rollout.sampling.max_tokens",
     ),
     Metric(
         "completion/truncated",
         "share of completions cut off at the limit",
         "below 0.1",
-        "higher: raise rollout.max_tokens or add a length reward",
+        "higher: raise rollout.sampling.max_tokens or add a length reward",
         high=0.3,
     ),
     Metric(
