@@ -108,7 +108,7 @@ def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any) -
     if checkpoint is not None:
         print(f"resuming from {checkpoint}")
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    goal = 1 if trainer.fast_dev_run else int(trainer.estimated_stepping_batches)
+    goal = 1 if cfg.trainer.get("fast_dev_run") else int(trainer.estimated_stepping_batches)
     if trainer.global_step < goal:  # a run that did not get there must not look like one that did
         raise LitReasonError(f"training ended at step {trainer.global_step} of {goal}; the same command goes on")
 

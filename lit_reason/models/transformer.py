@@ -123,6 +123,7 @@ class Transformer(nn.Module):
         x = self.embed(token_B)
         cos_BR, sin_BR = self.cos[position_B], self.sin[position_B]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
+            assert isinstance(block, Block)
             x = block.decode(x, cos_BR, sin_BR, layer, at)
         return self.head(self.norm(x))
 
