@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lit_reason.data import CursorLoader, PromptData, ReasoningGym, SFTData, TextData, prompt_id, solve
+from lit_reason.data import CursorLoader, PromptData, ReasoningGym, SFTData, TextData, priming, prompt_id, solve
 from lit_reason.data.corpus import FACT_QUESTIONS, documents, pack
 from lit_reason.data.loader import pair_batch, text_batch
 from lit_reason.data.questions import held_out
@@ -247,3 +247,19 @@ def test_text_data_serves_full_rows():
     assert batch.input_ids_BT.shape == (4, 64) and torch.equal(batch.input_ids_BT[:, 1:], batch.target_ids_BT[:, :-1])
     again = next(iter(TextData(few(), seq_len=64, batch_size=4, seed=2).train_dataloader()))
     assert torch.equal(batch.input_ids_BT, again.input_ids_BT)
+
+
+def test_terse_fraction_empties_that_share_of_thoughts_and_no_answer():
+    source = ReasoningGym({"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}, size=400)
+    data = PromptData(source)
+    prompts = data.train_prompts()
+    full = priming(prompts, data.tokenizer, data.chat)
+    mixed = priming(prompts, data.tokenizer, data.chat, terse_fraction=0.5)
+    terse = [data.tokenizer.decode(ids).startswith("<think></think><answer>") for _, ids in mixed]
+    assert 0.4 < sum(terse) / len(terse) < 0.6  # 360 draws of 0.5: sd 0.026
+    for is_terse, (_, want), (_, got) in zip(terse, full, mixed, strict=True):
+        assert is_terse or got == want
+        answer = data.tokenizer.decode(got).split("<answer>")[1]
+        assert answer == data.tokenizer.decode(want).split("<answer>")[1]
+    with pytest.raises(ConfigError, match="terse_fraction=2"):
+        priming(prompts, data.tokenizer, data.chat, terse_fraction=2)
