@@ -71,7 +71,7 @@ def test_a_mistake_in_one_value_of_a_sweep_stops_before_job_one(folder, capsys):
 def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, capsys):
     line = ["experiment=arith_from_scratch", *SMALL]
     assert call(train.main, *line) == 0
-    run = folder / "runs" / "arith_from_scratch"
+    run = folder / "runs" / "arith_from_scratch-1"
     done = {stage: json.loads((run / stage / "done.json").read_text()) for stage in ("pretrain", "sft", "rl")}
     assert all(record["weights"] == "model" for record in done.values())
     assert json.loads((run / "rl" / "summary.json").read_text())["n"] == 4
@@ -81,7 +81,7 @@ def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, 
     monkeypatch.setattr(train, "stage_functions", dict)  # nothing can be trained from here on
     assert call(train.main, *line) == 0
     capsys.readouterr()
-    for change, said in (("seed=2", "seed: got 2, saved 1"), ("sft.trainer.max_steps=3", "got 3, saved 2")):
+    for change, said in (("model.heads=1", "model.heads: got 1"), ("sft.trainer.max_steps=3", "got 3, saved 2")):
         assert call(train.main, *line, change) == 1
         assert said in capsys.readouterr().err
 
@@ -103,7 +103,7 @@ def test_a_stage_that_was_cut_off_goes_on_and_hands_its_weights_on(folder, monke
     with pytest.raises(KeyboardInterrupt):
         call(train.main, *line)
     GlobalHydra.instance().clear()
-    run = folder / "runs" / "arith_from_scratch"
+    run = folder / "runs" / "arith_from_scratch-1"
     assert not (run / "pretrain" / "done.json").exists()
     monkeypatch.setattr(train, "stage_functions", lambda: functions | {"sft": watched})
     assert call(train.main, *line) == 0

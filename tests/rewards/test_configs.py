@@ -31,4 +31,4 @@ def test_each_builds_a_reward(tmp_path, name):
 def test_a_list_of_rewards_is_a_rubric_in_that_order(tmp_path):
     config = composed(tmp_path, "reward=[answer,format,length]", "reward.format.weight=0.2")
     rubric = Rubric({name: instantiate(node) for name, node in config.reward.items()})
-    assert rubric.weights == {"answer": 1.0, "format": 0.2, "length": 1.0}
+    assert rubric.weights == {"answer": 1.0, "format": 0.2, "length": 0.1}
