@@ -7,6 +7,7 @@ rl              prompts -> RolloutLoop(engine, rubric, policy) -> Trainer.fit, e
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import time
 from functools import partial
@@ -33,14 +34,19 @@ from lit_reason.report.records import STEPS
 from lit_reason.rewards import AnswerAnywhere, Rubric, ShuffledRubric
 from lit_reason.rollout import Engine, request_seed
 
+log = logging.getLogger(__name__)
+
 
 def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer]:
     """The stage's data, and its model: `weights` of the stage before, else `init`, else random weights."""
     data: PromptData = build(cfg, "data")
     name = weights if weights is not None else cfg.init
-    if name is not None:
-        return data, load_model(name, data.tokenizer)
     config = build(cfg, "model")
+    if name is not None:
+        model = load_model(name, data.tokenizer)
+        if weights is None and model.config != config:
+            log.warning("the shape is that of init=%s; what `model` says is not used", name)
+        return data, model
     if config.vocab_size < data.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}: "
