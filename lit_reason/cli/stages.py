@@ -31,7 +31,7 @@ from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFT
 from lit_reason.objectives import check_group_size
 from lit_reason.report import write_report
 from lit_reason.report.records import STEPS
-from lit_reason.rewards import AnswerAnywhere, Rubric, ShuffledRubric
+from lit_reason.rewards import AnswerAnywhere, AnswerExact, Rubric, ShuffledRubric
 from lit_reason.rollout import Engine, request_seed
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,13 @@ def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
 
 def commit() -> str:
     """The code's commit, with `+changes` when files differ from it; "unknown" outside a checkout."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+    try:
+        if Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) != root:
+            return "unknown"  # installed somewhere inside another project's repository
+    except OSError:  # no git on this machine
+        return "unknown"
     head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
     changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     return (head + "+changes" if changed else head) or "unknown"
@@ -123,7 +129,7 @@ def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:
     """Next-token training on plain worked problems."""
     data, model = start(cfg, weights)
     text = build(cfg, "text")(data=data, seed=cfg.seed)
-    _supervised(cfg, PretrainModule(model, build(cfg, "optimizer")), text)
+    _supervised(cfg, PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text)
     return save_model(cfg, model, data)
 
 
@@ -131,7 +137,7 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     """Priming on a few worked solutions in the chat template; the result is evaluated."""
     data, model = start(cfg, weights)
     solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
-    _supervised(cfg, SFTModule(model, build(cfg, "optimizer")), solutions)
+    _supervised(cfg, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions)
     if cfg.evaluation.n:
         report = evaluate_model(cfg, model, data)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
@@ -155,7 +161,8 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     rubric = Rubric(build(cfg, "reward"), max_fault_fraction=cfg.rollout.max_fault_fraction)
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
-    policy = PolicyModule(model, build(cfg, "optimizer"), objective, temperature=sampling.temperature)
+    check_context(data, model)
+    policy = PolicyModule(model, build(cfg, "optimizer"), objective, sampling.temperature, cfg.router_bias_rate)
     trainer = make_trainer(cfg, max_epochs=1, accumulate_grad_batches=shape.micro_batches)
 
     def on_progress(progress: Any) -> None:
@@ -195,11 +202,23 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     return save_model(cfg, model, data)
 
 
+def check_context(data: PromptData, model: Transformer) -> None:
+    """Refuses, before anything is generated, a prompt that leaves no room for an answer."""
+    longest = max(data.prompts("all"), key=lambda prompt: len(prompt.token_ids))
+    tokens, room = len(longest.token_ids), model.config.max_seq_len
+    if tokens >= room:
+        raise ConfigError(
+            f"the longest prompt ({longest.id}) has {tokens} tokens and the model's context is {room} "
+            f"(model.max_seq_len): take shorter problems, or a model with a longer context"
+        )
+
+
 def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData) -> EvalReport:
     """The stage's rewards, and the format-blind answer, on held-out problems."""
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     engine.push(model, 0)
     rewards = build(cfg, "reward")
+    rewards.setdefault("answer", AnswerExact(weight=0.0))
     rewards.setdefault("answer_anywhere", AnswerAnywhere(weight=0.0))
     sampling = build(cfg, "rollout.sampling")
     prompts = data.test_prompts(cfg.evaluation.n)
@@ -207,7 +226,7 @@ def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Eva
     return evaluate(
         engine,
         prompts,
-        Rubric(rewards),
+        Rubric(rewards, max_fault_fraction=cfg.rollout.max_fault_fraction),
         sampling=sampling,
         k=cfg.evaluation.k,
         seed=cfg.seed,

@@ -100,6 +100,9 @@ class ModelConfig:
     base: Base = field(default_factory=Base)
 
     def __post_init__(self) -> None:
+        for name, cls in (("base", Base), ("yarn", Yarn)):  # YAML and JSON give mappings
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, _from_mapping(cls, value, f"model.{name}."))
         _check_positive(self, "model.", _POSITIVE)
         _check_positive(self.base, "model.base.", tuple(f.name for f in fields(Base)))
         if self.qk_rope_head_dim % 2:
@@ -160,11 +163,6 @@ class ModelConfig:
         Raises:
             ConfigError: for an unknown key, with the nearest valid names.
         """
-        values = dict(values)
-        if values.get("yarn") is not None and not isinstance(values["yarn"], Yarn):
-            values["yarn"] = _from_mapping(Yarn, values["yarn"], "model.yarn.")
-        if values.get("base") is not None and not isinstance(values["base"], Base):
-            values["base"] = _from_mapping(Base, values["base"], "model.base.")
         return _from_mapping(cls, values, "model.")
 
 

@@ -48,6 +48,10 @@ class PolicyModule(LanguageModule):
         router_bias_rate: float = 0.0,
     ) -> None:
         super().__init__(model, optimizer, router_bias_rate)
+        if not temperature > 0:
+            raise ConfigError(
+                f"rollout.sampling.temperature={temperature}: RL needs samples that differ; type 1.0 (0 is greedy)"
+            )
         self.objective, self.temperature = objective, temperature
         # In a tuple, so that it is not a submodule: not trained, not saved, not switched to train mode.
         self._reference = (copy.deepcopy(model).requires_grad_(False).eval(),)

@@ -20,7 +20,7 @@ from lit_reason.types import PolicyBatch
 def seq_mean_token_mean(batch: PolicyBatch) -> Tensor:
     """m / (B L_i): GRPO (arXiv 2402.03300), GSPO. Trap: a token of a long answer weighs less, so long wrong answers
     are punished less (Dr.GRPO's length bias)."""
-    return batch.mask_BT / (batch.sequences_total * _at_least_one(batch.mask_BT.sum(dim=1))[:, None])
+    return batch.mask_BT / (_at_least_one(batch.sequences_total) * _at_least_one(batch.mask_BT.sum(dim=1))[:, None])
 
 
 def token_mean(batch: PolicyBatch) -> Tensor:
@@ -32,19 +32,19 @@ def token_mean(batch: PolicyBatch) -> Tensor:
 def prompt_mean_token_mean(batch: PolicyBatch) -> Tensor:
     """m / (P N_group): DAPO's eq. 8 read literally (arXiv 2503.14476). Trap: N_group is over the *whole* group, also
     when the micro-batch holds a part of it."""
-    return batch.mask_BT / (batch.prompts_total * _at_least_one(batch.group_tokens_B)[:, None])
+    return batch.mask_BT / (_at_least_one(batch.prompts_total) * _at_least_one(batch.group_tokens_B)[:, None])
 
 
 def seq_mean_token_sum(batch: PolicyBatch) -> Tensor:
     """m / B: REINFORCE, RLOO; Dr.GRPO as printed (arXiv 2503.20783). Trap: the gradient grows with the length, so the
     learning rate depends on it."""
-    return batch.mask_BT / batch.sequences_total
+    return batch.mask_BT / _at_least_one(batch.sequences_total)
 
 
 def token_sum_norm(batch: PolicyBatch) -> Tensor:
     """m / (B L_max): Dr.GRPO as implemented (arXiv 2503.20783). Trap: L_max is the constant generation limit, never
     the padded width of a batch."""
-    return batch.mask_BT / (batch.sequences_total * batch.max_completion)
+    return batch.mask_BT / (_at_least_one(batch.sequences_total) * batch.max_completion)
 
 
 def token_sum(batch: PolicyBatch) -> Tensor:

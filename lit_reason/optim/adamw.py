@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, nearest
 from lit_reason.optim.groups import parameter_groups
-from lit_reason.optim.schedules import schedule
+from lit_reason.optim.schedules import SHAPES
+from lit_reason.optim.schedules import schedule as make_schedule
 
 
 class AdamW:
@@ -39,6 +40,8 @@ class AdamW:
     ) -> None:
         if not lr > 0:
             raise ConfigError(f"optimizer.lr={lr}: must be above 0")
+        if schedule not in SHAPES:
+            raise ConfigError(f"optimizer.schedule={schedule!r}: {nearest(schedule, SHAPES)}")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.schedule, self.warmup_steps, self.final_fraction = schedule, warmup_steps, final_fraction
 
@@ -46,7 +49,7 @@ class AdamW:
         """The optimizer over `model`'s trainable parameters, and its schedule in optimizer steps."""
         groups = parameter_groups(model, lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, foreach=True)  # type: ignore[arg-type]
-        factor = schedule(
+        factor = make_schedule(
             self.schedule,
             warmup_steps=self.warmup_steps,
             total_steps=total_steps,

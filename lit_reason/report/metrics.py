@@ -53,7 +53,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "reward/zero_std_fraction",
-        "share of groups whose completions all got the same total reward",
+        "share of groups that teach nothing: every completion has advantage 0",
         "0.1 to 0.7",
         "near 1: larger groups, higher temperature, or prompts of medium difficulty",
         high=0.9,
