@@ -22,6 +22,7 @@ from lit_reason import zoo
 from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.config.instantiate import instantiate
+from lit_reason.config.resolve import to_plain
 from lit_reason.data import PromptCursor, PromptData, Tokenizer
 from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
@@ -35,6 +36,12 @@ from lit_reason.rewards import AnswerAnywhere, AnswerExact, Rubric, ShuffledRubr
 from lit_reason.rollout import Engine, request_seed
 
 log = logging.getLogger(__name__)
+
+# What decides a model's numbers, for its card; paths and callbacks do not.
+RECIPE = (
+    *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rollout", "algorithm", "optimizer"),
+    *("kernels", "trainer", "router_bias_rate", "evaluation"),
+)
 
 
 def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer]:
@@ -70,9 +77,9 @@ def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
     metrics = _metrics(json.loads(summary.read_text())) if summary.exists() else {}
-    decisive = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("hydra", "tags")])
-    recipe = OmegaConf.to_yaml(decisive, resolve=True)
-    info = {"recipe": recipe, "seed": cfg.seed, "commit": commit(), "metrics": metrics}
+    recipe: dict[str, Any] = {key: value for key, value in to_plain(cfg).items() if key in RECIPE}
+    recipe["trainer"].pop("default_root_dir", None)
+    info = {"recipe": OmegaConf.to_yaml(recipe), "seed": cfg.seed, "commit": commit(), "metrics": metrics}
     return zoo.save(path, model, data.tokenizer, info, overwrite=True)
 
 
