@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,13 +195,14 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         on_round=policy.on_round,
     )
     before = evaluate_model(cfg, model, data) if cfg.evaluation.n else None
-    began = time.perf_counter()
     _fit(cfg, trainer, policy, loop)
-    seconds = time.perf_counter() - began
     if before is not None:
         comparison = compare(before, evaluate_model(cfg, model, data))
         rich.print(comparison.table())
-        summary = comparison.to_dict() | {"seconds": seconds, "tokens_per_s": policy.completion_tokens / seconds}
+        summary = comparison.to_dict() | {
+            "seconds": policy.seconds,
+            "tokens_per_s": policy.completion_tokens / policy.seconds,
+        }
         write_summary(Path(cfg.run_dir), summary)
         if (Path(cfg.run_dir) / STEPS).exists():
             write_report(cfg.run_dir)  # once more, now with the comparison

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DONE = "done.json"
-# An interrupted stage may go further than it was told at first.
+# An interrupted stage may go further than it was told at first, or be evaluated otherwise; a finished one may not.
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "rollout.shape.rounds")
+EVALUATION = "evaluation"
 # A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
 LOCKED = (
     *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),
-    *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards", "trainer.precision"),
+    *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
+    *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
 )
 
@@ -144,9 +146,10 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings that decide a stage's numbers, and how far it goes."""
+    """The flat settings that decide a stage's numbers, how far it goes and how it is evaluated."""
     flat = dict(_flatten(settings))
-    keys = [k for k in flat if k in LENGTH or any(k == p or k.startswith(p + ".") for p in LOCKED)]
+    prefixes = (*LOCKED, EVALUATION)
+    keys = [k for k in flat if k in LENGTH or any(k == p or k.startswith(p + ".") for p in prefixes)]
     return {key: flat[key] for key in sorted(keys)}
 
 

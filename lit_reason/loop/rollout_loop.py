@@ -128,6 +128,7 @@ class RolloutLoop:
         self._round = 0
         self._buffer: list[PolicyBatch] = []
         self._training_since: float | None = None
+        self._training_tokens = 0
 
     def __len__(self) -> int:
         return self.shape.rounds * self.shape.batches
@@ -145,7 +146,7 @@ class RolloutLoop:
         return self._buffer.pop(0)
 
     def _run_round(self) -> list[PolicyBatch]:
-        clock = _Clock(self._training_since)
+        clock = _Clock(self._training_since, self._training_tokens)
         P, G = self.shape.prompts_per_round, self.shape.group_size
         distinct = self.prompts.next(P)
         prompts = [prompt for prompt in distinct for _ in range(G)]
@@ -185,7 +186,8 @@ class RolloutLoop:
             for rows in minibatches(P, G, self.shape.minibatches, seed=self._shuffle_seed(epoch))
             for micro in split(batch, rows, group_B, self.shape.micro_batches)
         ]
-        self._training_since = time.perf_counter()
+        self._training_since = time.perf_counter() - clock.laps["prepare"]  # its forwards are for training
+        self._training_tokens = self.shape.epochs * sum(len(c.token_ids) for c in completions)
         return batches
 
     def _seeds(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -264,11 +266,17 @@ def round_metrics(completions: Sequence[Completion], scores: Scores, advantages_
 
 
 class _Clock:
-    """Wall time of a round's parts. Training time is that of the round before: it ends when this one begins."""
+    """Wall time of a round's parts. Training is that of the round before: it ends when this one begins.
 
-    def __init__(self, training_since: float | None) -> None:
+    Args:
+        training_since: when the round before began to train (s), None in a process's first round.
+        training_tokens: completion tokens that it trained on, over all its epochs.
+    """
+
+    def __init__(self, training_since: float | None, training_tokens: int) -> None:
         self.last = time.perf_counter()
         self.train = self.last - training_since if training_since is not None else None
+        self.training_tokens = training_tokens
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
@@ -284,5 +292,5 @@ class _Clock:
             "speed/sync_s": self.laps["sync"],
         }
         if self.train:
-            rates["speed/train_tokens_per_s"] = tokens / (self.train + self.laps["prepare"])
+            rates["speed/train_tokens_per_s"] = self.training_tokens / self.train
         return rates

@@ -81,7 +81,12 @@ def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, 
     monkeypatch.setattr(train, "stage_functions", dict)  # nothing can be trained from here on
     assert call(train.main, *line) == 0
     capsys.readouterr()
-    for change, said in (("model.heads=1", "model.heads: got 1"), ("sft.trainer.max_steps=3", "got 3, saved 2")):
+    for change, said in (
+        ("model.heads=1", "model.heads: got 1"),
+        ("sft.trainer.max_steps=3", "got 3, saved 2"),
+        ("evaluation.n=5", "evaluation.n: got 5, saved 4"),
+        ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val: got 2.0, saved 1.0"),
+    ):
         assert call(train.main, *line, change) == 1
         assert said in capsys.readouterr().err
 
@@ -106,7 +111,8 @@ def test_a_stage_that_was_cut_off_goes_on_and_hands_its_weights_on(folder, monke
     run = folder / "runs" / "arith_from_scratch-1"
     assert not (run / "pretrain" / "done.json").exists()
     monkeypatch.setattr(train, "stage_functions", lambda: functions | {"sft": watched})
-    assert call(train.main, *line) == 0
+    assert call(train.main, *line, "trainer.gradient_clip_val=2.0") == 1
+    assert call(train.main, *line, "evaluation.n=5") == 0  # an evaluation that is still to come may change
     rows = [json.loads(text)["step"] for text in (run / "pretrain" / "metrics" / "steps.jsonl").open()]
     assert rows == [0, 1, 2]
     assert seen == [run / "pretrain" / "model"]

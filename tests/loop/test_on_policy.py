@@ -1,6 +1,7 @@
 """A real run under a real Trainer: rollouts come from the newest weights, and a resumed run is the same run."""
 
 import copy
+import time
 
 import lightning as L
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.loop import RoundShape
 from lit_reason.models.checksum import checksum
+from lit_reason.modules.policy import ROUND_KEY
 
 
 class Weights(L.Callback):
@@ -61,12 +63,21 @@ def test_stopped_in_the_middle_of_a_round_and_resumed_is_the_same_run(real_run):
 
     saver = ModelCheckpoint(every_n_train_steps=1, save_top_k=1, save_last=True)
     first = real_run("first", shape=shape, callbacks=[saver], max_steps=5)  # 5 = 3 + 2: inside the second round
+    first.policy._seconds = 3600.0  # more than this test can take: it tells what was saved from what was added
     first.trainer.fit(first.policy, first.loop)
     assert first.trainer.global_step == 5 and len(first.completions) == 2
 
+    saved = torch.load(saver.last_model_path, weights_only=True)[ROUND_KEY]
+    assert 3600 < saved["seconds"] <= first.policy.seconds
     second = real_run("second", shape=shape, callbacks=[ModelCheckpoint(every_n_train_steps=1)])
+    began = time.perf_counter()
     second.trainer.fit(second.policy, second.loop, ckpt_path=saver.last_model_path)
+    took = time.perf_counter() - began
     assert second.trainer.global_step == 12 and len(second.completions) == 2
+
+    generated = sum(len(c.token_ids) for completions in whole.completions for c in completions)
+    assert second.policy.completion_tokens == whole.policy.completion_tokens == generated
+    assert 0 < second.policy.seconds - saved["seconds"] <= took
 
     resumed = first.completions + second.completions
     for a, b in zip(whole.completions, resumed, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError, RolloutError
-from lit_reason.loop import RoundShape
+from lit_reason.loop import RoundShape, rollout_loop
 from lit_reason.types import PolicyBatch
 
 SHAPE = {"rounds": 3, "prompts_per_round": 4, "group_size": 3, "epochs": 2, "minibatches": 2, "micro_batches": 3}
@@ -113,6 +113,19 @@ def test_groups_reach_the_listener_before_the_first_batch(stub, make_loop):
         assert {c.prompt_id for c in group.completions} == {group.prompt.id}
         assert [c.sample_idx for c in group.completions] == [0, 1, 2]
     assert seen[0].metrics["speed/generate_tokens_per_s"] > 0
+
+
+def test_the_rate_of_training_is_that_of_the_round_before(stub, make_loop, monkeypatch):
+    """Stages take no time on this clock, each batch 0.5 s: the trained tokens of a round over its 12 batches' 6 s."""
+    now, seen = [100.0], []
+    monkeypatch.setattr(rollout_loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(rollout_loop._Clock, "lap", lambda self, name: self.laps.update({name: 1e-3}))
+    for _ in make_loop(stub().stages(), on_round=seen.append, **SHAPE):
+        now[0] += 0.5
+    tokens = [sum(len(c.token_ids) for g in r.groups for c in g.completions) for r in seen]
+    rates = [r.metrics.get("speed/train_tokens_per_s") for r in seen]
+    assert len(set(tokens)) == 3 and rates[0] is None
+    assert rates[1:] == pytest.approx([2 * n / 6.001 for n in tokens[:2]])  # two epochs; 1 ms of old log-probs
 
 
 def test_a_round_asks_for_other_seeds_than_the_last(stub, make_loop):
