@@ -51,19 +51,22 @@ def minibatches(groups: int, group_size: int, count: int, seed: int) -> list[lis
 
 
 def split(batch: PolicyBatch, rows: Sequence[int], group_B: Tensor, micro_batches: int) -> list[PolicyBatch]:
-    """The `rows` of one optimizer step as `micro_batches` batches of equal size, similar lengths together.
+    """The `rows` of one optimizer step as `micro_batches` batches of equal size: groups stay together, because their
+    prompt is computed once per micro-batch, and groups of similar length are neighbours.
 
     Every micro-batch carries the step's totals, so the loss shares add up to the loss of the whole step.
     """
     step = take(batch, torch.tensor(rows))
     group = group_B[torch.tensor(rows)]
+    groups = int(group_B.max()) + 1
     counted = step.mask_BT.sum(1) > 0
-    tokens_by_group = torch.zeros(int(group_B.max()) + 1).index_add(0, group, step.mask_BT.sum(1))
+    tokens_by_group = torch.zeros(groups).index_add(0, group, step.mask_BT.sum(1))
     step.group_tokens_B = tokens_by_group[group]
     step.sequences_total = counted.sum().float()
     step.tokens_total = step.mask_BT.sum()
     step.prompts_total = torch.tensor(float(group[counted].unique().numel()))
-    order = _used_length(step).argsort(stable=True)
+    longest = torch.zeros(groups, dtype=torch.int64).scatter_reduce(0, group, _used_length(step), "amax")
+    order = (longest[group] * groups + group).argsort(stable=True)
     return [_trim(take(step, part)) for part in order.chunk(micro_batches)]
 
 

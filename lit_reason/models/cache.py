@@ -6,6 +6,7 @@ Shapes: B rows, S positions, C = kv_lora_rank + qk_rope_head_dim.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_reason.models.config import ModelConfig
@@ -19,7 +20,7 @@ class LatentCache:
     Args:
         config: the model's shape.
         rows: B.
-        capacity: the most positions that a row may hold (tokens); S is this rounded up to a multiple of `SLOTS`.
+        capacity: positions to begin with (tokens); S is this rounded up to a multiple of `SLOTS`.
     """
 
     def __init__(
@@ -34,6 +35,13 @@ class LatentCache:
     @property
     def rows(self) -> int:
         return self.layers[0].shape[0]
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` positions. S stays as small as it may be, so that decoding reads whole tensors:
+        the CPU's batched products copy a slice first."""
+        missing = -(-capacity // SLOTS) * SLOTS - self.layers[0].shape[1]
+        if missing > 0:
+            self.layers = [F.pad(layer, (0, 0, 0, missing)) for layer in self.layers]
 
     def select(self, index_B: Tensor) -> None:
         """Keeps (or repeats) the rows of `index_B`: drops finished rows, or fans a shared prefix out."""

@@ -4,10 +4,10 @@ positions; N, R, Dv = qk_nope, qk_rope and v head dims; C = kv_lora_rank, the la
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_reason.models.cache import SLOTS
+from lit_reason.models.attention import Attend
+from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm
 from lit_reason.models.rope import apply_rope, softmax_scale
@@ -40,47 +40,53 @@ class MLA(nn.Module):
         self.kv_b = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(self.heads * self.value, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache_BSC: Tensor | None = None) -> Tensor:
-        """Causal attention over positions 0..T-1; writes the latents into `cache_BSC` when it is given."""
-        B, T, _ = x_BTD.shape
-        q_nope, q_rope = self._queries(x_BTD, cos_TR[:, None], sin_TR[:, None])
-        latent_BTC, key_rope_BTR = self._latents(x_BTD, cos_TR, sin_TR)
-        if cache_BSC is not None:
-            cache_BSC[:, :T] = torch.cat((latent_BTC, key_rope_BTR), dim=-1)
-        k_nope, v = self.kv_b(latent_BTC).view(B, T, self.heads, -1).split((self.nope, self.value), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, key_rope_BTR[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1)
-        out = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
-        return self.out(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x: Tensor, turn: Tensor, attend: Attend, cache_BSC: Tensor | None = None) -> Tensor:
+        """Attention among the tokens of a batch.
 
-    def decode(self, x_BD: Tensor, cos_BR: Tensor, sin_BR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
+        Args:
+            x: (B, T, D), or (N, D) packed.
+            turn: rotations of the tokens' positions, broadcastable to (*tokens, R/2).
+            attend: which token sees which (`attention.causal`, `Packed.attend`).
+            cache_BSC: the latents of positions 0..T-1 are written into it when it is given.
+        """
+        q_nope, q_rope = self._queries(x, turn)
+        latent, key_rope = self._latents(x, turn)
+        if cache_BSC is not None:
+            cache_BSC[:, : x.shape[1]] = torch.cat((latent, key_rope), dim=-1)
+        k_nope, v = self.kv_b(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, key_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+        return self.out(attend(q, k, v, self.scale).flatten(-2))
+
+    def decode(self, x_BD: Tensor, turn_BR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
         """One token per row, absorbed: scores and outputs live in the latent space.
 
         Args:
             x_BD: the block's normalised input for the newest token of each row.
-            cos_BR, sin_BR: rotary tables at each row's position.
+            turn_BR: the rotation of each row's position, (B, R/2).
             cache_BSC: this layer's latents; the new one is written at `at.position_B`.
             at: where each row stands.
         """
-        q_nope_BHN, q_rope_BHR = self._queries(x_BD, cos_BR[:, None], sin_BR[:, None])
-        latent_BC, key_rope_BR = self._latents(x_BD, cos_BR, sin_BR)
+        q_nope_BHN, q_rope_BHR = self._queries(x_BD, turn_BR)
+        latent_BC, key_rope_BR = self._latents(x_BD, turn_BR)
         cache_BSC[at.row_B, at.position_B] = torch.cat((latent_BC, key_rope_BR), dim=-1).to(cache_BSC.dtype)
-        live_BSC = cache_BSC[:, : at.longest]
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
-        q_BHC = torch.cat((torch.einsum("bhn,hnc->bhc", q_nope_BHN, k_HNC), q_rope_BHR), dim=-1)
-        scores_BHS = torch.baddbmm(at.bias_B1S, q_BHC, live_BSC.transpose(1, 2), alpha=self.scale)
-        weights_BHS = scores_BHS.float().softmax(-1).to(live_BSC.dtype)
-        out_BHC = torch.bmm(weights_BHS, live_BSC[..., : self.latent])
-        return self.out(torch.einsum("bhc,hvc->bhv", out_BHC, v_HVC).flatten(1))
+        q_latent_HBC = torch.bmm(q_nope_BHN.transpose(0, 1), k_HNC)
+        q_BHC = torch.cat((q_latent_HBC.transpose(0, 1), q_rope_BHR), dim=-1) * self.scale
+        weights_BHS = torch.bmm(q_BHC, cache_BSC.transpose(1, 2)).add_(at.bias_B1S).softmax(-1)
+        # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
+        out_BHC = torch.bmm(weights_BHS, cache_BSC)[..., : self.latent]
+        out_HBV = torch.bmm(out_BHC.transpose(0, 1), v_HVC.transpose(1, 2))
+        return self.out(out_HBV.transpose(0, 1).flatten(1))
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         q = self.q(x).unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
-        return q_nope, apply_rope(q_rope, cos, sin)
+        return q_nope, apply_rope(q_rope, turn.unsqueeze(-2))
 
-    def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _latents(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         latent, key_rope = self.kv_a(x).split((self.latent, self.rope), dim=-1)
-        return self.kv_norm(latent), apply_rope(key_rope, cos, sin)
+        return self.kv_norm(latent), apply_rope(key_rope, turn)
 
 
 class Cursor:
@@ -88,31 +94,15 @@ class Cursor:
 
     Args:
         position_B: int64, the position that the new token takes in its row.
-        dtype: of the additive bias that hides positions beyond a row's own.
+        cache: grows to hold it.
     """
 
-    def __init__(self, position_B: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, position_B: Tensor, cache: LatentCache) -> None:
+        cache.grow(int(position_B.max()) + 1)
+        latents_BSC = cache.layers[0]
+        device, S = position_B.device, latents_BSC.shape[1]
         self.position_B = position_B
-        self.row_B = torch.arange(position_B.shape[0], device=position_B.device)
-        self.longest = -(-(int(position_B.max()) + 1) // SLOTS) * SLOTS
-        hidden_BS = torch.arange(self.longest, device=position_B.device) > position_B[:, None]
-        self.bias_B1S = torch.zeros(hidden_BS.shape, dtype=dtype, device=position_B.device)
-        self.bias_B1S = self.bias_B1S.masked_fill(hidden_BS, float("-inf"))[:, None]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax(q k^T) v for (B, H, T, .) tensors.
-
-    Values are padded to the key's size: fused kernels want equal head dims, and else store the (B, H, T, T) scores.
-    """
-    if q.device.type == "cpu" and q.shape[-2] <= 512:  # the CPU's fused kernel is 6 times slower on short sequences
-        T = q.shape[-2]
-        hidden_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
-        scores = ((q * scale) @ k.transpose(-1, -2)).masked_fill(hidden_TT, float("-inf"))
-        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    size = v.shape[-1]
-    if size < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - size))
-    elif size > q.shape[-1]:
-        q, k = F.pad(q, (0, size - q.shape[-1])), F.pad(k, (0, size - k.shape[-1]))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :size]
+        self.row_B = torch.arange(position_B.shape[0], device=device)
+        bias_BS = torch.zeros(position_B.shape[0], S, dtype=latents_BSC.dtype, device=device)
+        bias_BS.masked_fill_(torch.arange(S, device=device) > position_B[:, None], float("-inf"))
+        self.bias_B1S = bias_BS[:, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_reason.models.config import ModelConfig
@@ -96,15 +97,14 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """sum_k weight_k * expert_k(x), (N, D): tokens are dealt to E blocks of C slots, one batched product each."""
-        E, D = self.down.shape[0], x_ND.shape[1]
-        N, K = routing.experts_NK.shape
+        E = self.down.shape[0]
         dtype = compute_dtype(x_ND)
         slot_NK, token_EC = deal(routing.experts_NK, E)
-        x_ECD = x_ND.to(dtype).index_select(0, token_EC).view(E, -1, D)
+        x_ECD = x_ND.to(dtype).index_select(0, token_EC).unflatten(0, (E, -1))
         hidden_ECF = silu_mul(torch.bmm(x_ECD, self.gate_up.to(dtype).transpose(1, 2)))
         out_ECD = torch.bmm(hidden_ECF, self.down.to(dtype).transpose(1, 2))
-        chosen_NKD = out_ECD.flatten(0, 1).index_select(0, slot_NK.flatten()).view(N, K, D)
-        return torch.bmm(routing.weights_NK[:, None].to(dtype), chosen_NKD).squeeze(1)
+        weights_NK = routing.weights_NK.to(dtype)
+        return F.embedding_bag(slot_NK, out_ECD.flatten(0, 1), per_sample_weights=weights_NK, mode="sum")
 
 
 def deal(experts_NK: Tensor, E: int) -> tuple[Tensor, Tensor]:
@@ -121,10 +121,8 @@ def deal(experts_NK: Tensor, E: int) -> tuple[Tensor, Tensor]:
     capacity = round_up(int(counts_E.max()))
     shift_E = torch.arange(E, device=flat.device) * capacity - (counts_E.cumsum(0) - counts_E)
     slot = torch.arange(N * K, device=flat.device) + shift_E[flat[order]]
-    token_EC = torch.zeros(E * capacity, dtype=torch.int64, device=flat.device)
-    token_EC[slot] = order // K
-    slot_NK = torch.empty_like(flat)
-    slot_NK[order] = slot
+    token_EC = torch.zeros(E * capacity, dtype=torch.int64, device=flat.device).scatter_(0, slot, order // K)
+    slot_NK = torch.empty_like(flat).scatter_(0, order, slot)
     return slot_NK.view(N, K), token_EC
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,16 +11,21 @@ from torch import Tensor
 from lit_reason.models.config import ModelConfig, Yarn
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (max_seq_len, R/2) float32, of the angle position * inv_freq (RoFormer, 2104.09864)."""
+@lru_cache(maxsize=8)
+def rope_table(config: ModelConfig, device: torch.device) -> Tensor:
+    """e^(i angle), (max_seq_len, R/2) complex64, of the angle position * inv_freq (RoFormer, 2104.09864).
+
+    A function, not a buffer: `.to(bfloat16)` would round the angles, and complex buffers do not survive it at all.
+    """
     half = config.qk_rope_head_dim // 2
-    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     gain = 1.0
-    if config.yarn is not None:
-        inv_freq = _yarn_inv_freq(inv_freq, config.rope_theta, config.yarn)
-        gain = _mscale(config.yarn, config.yarn.mscale) / _mscale(config.yarn, config.yarn.mscale_all_dim)
-    angle_TR = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * inv_freq
-    return (angle_TR.cos() * gain).float(), (angle_TR.sin() * gain).float()
+    with torch.inference_mode(False):  # a table first used in generation serves training, too
+        inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+        if config.yarn is not None:
+            inv_freq = _yarn_inv_freq(inv_freq, config.rope_theta, config.yarn)
+            gain = _mscale(config.yarn, config.yarn.mscale) / _mscale(config.yarn, config.yarn.mscale_all_dim)
+        angle_TR = torch.arange(config.max_seq_len, dtype=torch.float64, device="cpu")[:, None] * inv_freq
+        return torch.polar(torch.full_like(angle_TR, gain), angle_TR).to(torch.complex64).to(device)
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -30,17 +36,16 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... and returns them de-interleaved: first parts, then second.
-
-    The order of the output's dimensions is a permutation that queries and keys share, so scores are unchanged.
+def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... as complex numbers, in float32 at least.
 
     Args:
         x: (..., R).
-        cos, sin: broadcastable to (..., R/2).
+        turn: rows of `rope_table`, broadcastable to (..., R/2).
     """
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def _mscale(yarn: Yarn, coefficient: float) -> float:
@@ -56,5 +61,5 @@ def _yarn_inv_freq(inv_freq: Tensor, theta: float, yarn: Yarn) -> Tensor:
 
     low = max(math.floor(dimension_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dimension_of(yarn.beta_slow)), 2 * half - 1)
-    ramp = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(half, dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     return inv_freq / yarn.factor * ramp + inv_freq * (1 - ramp)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
+from lit_reason.models.attention import Attend, causal
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, SwiGLU
 from lit_reason.models.mla import MLA, Cursor
 from lit_reason.models.moe import MoE, Router
-from lit_reason.models.rope import rope_tables
+from lit_reason.models.packing import Packed
+from lit_reason.models.rope import rope_table
 
 
 class Block(nn.Module):
@@ -28,20 +30,20 @@ class Block(nn.Module):
         self.scale = config.residual_scale
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, valid: Tensor | None
+        self, x: Tensor, turn: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + self.scale * self.attn(self.attn_norm(x), cos, sin, cache)
+        x = torch.add(x, self.attn(self.attn_norm(x), turn, attend, cache), alpha=self.scale)
         return self._feed_forward(x, valid)
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, at: Cursor) -> Tensor:
-        x = x + self.scale * self.attn.decode(self.attn_norm(x), cos, sin, cache, at)
+    def decode(self, x: Tensor, turn: Tensor, cache: Tensor, at: Cursor) -> Tensor:
+        x = torch.add(x, self.attn.decode(self.attn_norm(x), turn, cache, at), alpha=self.scale)
         return self._feed_forward(x, None)[0]
 
     def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out, balance = (
             self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
         )
-        return x + self.scale * out, balance
+        return torch.add(x, out, alpha=self.scale), balance
 
 
 class Hidden(NamedTuple):
@@ -63,9 +65,6 @@ class Transformer(nn.Module):
         ConfigError: when a sequence is longer than `config.max_seq_len`.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -73,9 +72,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, dense=i < config.first_dense) for i in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         if self.embed.weight.device.type != "meta":
             self.reset_parameters()
 
@@ -105,12 +101,20 @@ class Transformer(nn.Module):
             raise ConfigError(
                 f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)"
             )
-        x = self.embed(input_ids_BT)
-        balance = x.new_zeros((), dtype=torch.float32)
+        turn = rope_table(self.config, input_ids_BT.device)[:T]
+        x, losses = self.embed(input_ids_BT), []
         for i, block in enumerate(self.blocks):
-            x, loss = block(x, self.cos[:T], self.sin[:T], None if cache is None else cache.layers[i], valid_BT)
-            balance = balance if loss is None else balance + loss
-        return Hidden(self.norm(x), balance)
+            x, loss = block(x, turn, causal, None if cache is None else cache.layers[i], valid_BT)
+            losses += [] if loss is None else [loss]
+        return Hidden(self.norm(x), sum(losses, x.new_zeros((), dtype=torch.float32)))
+
+    def packed(self, batch: Packed) -> Tensor:
+        """Everything but the head on packed tokens: states_ND. There is no balance loss, which is per sequence."""
+        turn = rope_table(self.config, batch.ids_N.device)[batch.position_N]
+        x = self.embed(batch.ids_N)
+        for block in self.blocks:
+            x, _ = block(x, turn, batch.attend)
+        return self.norm(x)
 
     def prefill(self, input_ids_BT: Tensor, length_B: Tensor, cache: LatentCache) -> Tensor:
         """Reads right-padded prompts of `length_B` tokens into the cache; logits_BV of each row's last token."""
@@ -119,12 +123,12 @@ class Transformer(nn.Module):
 
     def decode(self, token_B: Tensor, position_B: Tensor, cache: LatentCache) -> Tensor:
         """One token per row at `position_B`; logits_BV of the next."""
-        at = Cursor(position_B, cache.layers[0].dtype)
+        at = Cursor(position_B, cache)
         x = self.embed(token_B)
-        cos_BR, sin_BR = self.cos[position_B], self.sin[position_B]
+        turn_BR = rope_table(self.config, token_B.device)[position_B]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, Block)
-            x = block.decode(x, cos_BR, sin_BR, layer, at)
+            x = block.decode(x, turn_BR, layer, at)
         return self.head(self.norm(x))
 
     def new_cache(self, rows: int, capacity: int) -> LatentCache:

@@ -14,7 +14,7 @@ from lit_reason.loop import RolloutLoop, Round
 from lit_reason.models import Transformer
 from lit_reason.models.checksum import checksum
 from lit_reason.modules.base import LanguageModule
-from lit_reason.modules.supervised import real_tokens
+from lit_reason.modules.logprobs import token_logprobs
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
 from lit_reason.types import PolicyBatch
@@ -90,9 +90,7 @@ class PolicyModule(LanguageModule):
             )
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        logprobs_BT, entropy_BT = token_logprobs(
-            self.model, batch, self.temperature, entropy_grad=self.objective.needs_entropy
-        )
+        logprobs_BT, entropy_BT = token_logprobs(self.model, batch, self.temperature)
         out = self.objective.loss(logprobs_BT, batch, entropy_BT)
         self.check_finite(out.loss)
         if self.log_step(batch_idx, out.metrics, weight=out.tokens, sums={"loss": out.loss.detach()}):
@@ -139,20 +137,3 @@ class PolicyModule(LanguageModule):
                 f"the checkpoint's reference policy is {saved[:12]}, this run's is {self._reference_checksum[:12]}: "
                 "resume from the same initial weights, or start a new run (resume=never)"
             )
-
-
-def token_logprobs(
-    model: Transformer, batch: PolicyBatch, temperature: float, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy (nats) under `temperature`, both (B, T) float32, 0 where masked.
-
-    Only positions that count reach the head, so no (B, T, V) tensor of prompts exists.
-    """
-    counts_BT = batch.mask_BT > 0
-    states_BTD = model.hidden(batch.input_ids_BT, valid_BT=real_tokens(counts_BT)).states_BTD
-    logprobs_NV = (model.head(states_BTD[counts_BT]).float() / temperature).log_softmax(-1)
-    chosen_N = logprobs_NV.gather(1, batch.target_ids_BT[counts_BT][:, None]).squeeze(1)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    empty_BT = torch.zeros(counts_BT.shape, device=chosen_N.device)
-    return empty_BT.masked_scatter(counts_BT, chosen_N), empty_BT.masked_scatter(counts_BT, entropy_N)

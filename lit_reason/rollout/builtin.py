@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models import Transformer
+from lit_reason.models.cache import LatentCache
 from lit_reason.models.layers import round_up
 from lit_reason.rollout.engine import OnProgress, Progress
 from lit_reason.rollout.sampling import Sampling, draw, uniforms
@@ -123,9 +124,8 @@ class BuiltinEngine:
         """Token ids, log-probs and "a stop token ended it" of each prompt. All of a chunk's rows decode in step."""
         model, device = self.model, self.model.embed.weight.device
         B, room = len(prompts), self.model.config.max_seq_len
-        longest = max(map(len, prompts))
         steps = min(sampling.max_tokens, room - min(map(len, prompts)))
-        cache, logits_BV = self._prefill(prompts, min(longest + steps, room))
+        cache, logits_BV = self._prefill(prompts)
         tokens_BT = torch.zeros(B, steps, dtype=torch.int64, device=device)
         logprobs_BT = torch.zeros(B, steps, device=device)
         count_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -159,13 +159,13 @@ class BuiltinEngine:
         tokens, logprobs = tokens_BT.tolist(), logprobs_BT.tolist()
         return [(tokens[b][: counts[b]], logprobs[b][: counts[b]], stops[b]) for b in range(B)]
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], capacity: int):
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[LatentCache, Tensor]:
         """Reads each distinct prompt once, then fans its latents and logits out to every row that has it."""
         device = self.model.embed.weight.device
         first = {ids: i for i, ids in enumerate(dict.fromkeys(prompts))}
         length = torch.tensor([len(ids) for ids in first], device=device)
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in first], batch_first=True).to(device)
-        cache = self.model.new_cache(len(first), capacity)
+        cache = self.model.new_cache(len(first), padded.shape[1])
         logits_PV: Tensor = self.model.prefill(padded, length, cache)
         fan_out = torch.tensor([first[ids] for ids in prompts], device=device)
         cache.select(fan_out)

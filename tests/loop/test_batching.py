@@ -31,14 +31,14 @@ def test_minibatches_deal_every_group_once_and_whole():
     assert minibatches(6, 3, 2, seed=4) == steps != minibatches(6, 3, 2, seed=5)
 
 
-def test_split_groups_similar_lengths_and_trims_padding():
+def test_split_keeps_groups_together_in_order_of_length_and_trims_padding():
     prompts = [Prompt(str(i), "", "", "", (7,)) for i in range(4)]
     lengths = [6, 1, 5, 2]
     completions = [Completion(str(i), 0, tuple(range(n)), (-1.0,) * n, "", "stop", 0, 0) for i, n in enumerate(lengths)]
     batch = collate(prompts, completions, 6, 0)
-    short, long = split(batch, range(4), torch.tensor([0, 0, 1, 1]), micro_batches=2)
+    short, long = split(batch, range(4), torch.tensor([0, 1, 0, 1]), micro_batches=2)  # group 1 has lengths 1 and 2
     assert short.mask_BT.tolist() == [[1, 0], [1, 1]] and short.input_ids_BT.shape == (2, 2)
-    assert long.mask_BT.sum(1).tolist() == [5, 6] and long.input_ids_BT.shape == (2, 6)
-    assert short.group_tokens_B.tolist() == [7, 7] and long.group_tokens_B.tolist() == [7, 7]
+    assert long.mask_BT.sum(1).tolist() == [6, 5] and long.input_ids_BT.shape == (2, 6)
+    assert short.group_tokens_B.tolist() == [3, 3] and long.group_tokens_B.tolist() == [11, 11]
     for part in (short, long):
         assert (part.sequences_total, part.tokens_total, part.prompts_total) == (4, 14, 2)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lit_reason.models import Base, ModelConfig, Transformer, parameter_roles
+from lit_reason.models.attention import causal
+from lit_reason.models.rope import rope_table
 from lit_reason.optim import parameter_groups
 
 
@@ -72,9 +74,10 @@ def test_the_residual_scale_is_applied_to_both_branches():
     deep = Transformer(ModelConfig(width=32, depth=2, heads=2, base=Base(width=32, depth=1))).eval()
     block, x = deep.blocks[1], torch.randn(1, 6, 32)
     with torch.no_grad():
-        middle = x + 0.5 * block.attn(block.attn_norm(x), deep.cos[:6], deep.sin[:6])
+        turn = rope_table(deep.config, x.device)[:6]
+        middle = x + 0.5 * block.attn(block.attn_norm(x), turn, causal)
         expected = middle + 0.5 * block.ffn(block.ffn_norm(middle))[0]
-        torch.testing.assert_close(block(x, deep.cos[:6], deep.sin[:6], None, None)[0], expected)
+        torch.testing.assert_close(block(x, turn, causal)[0], expected)
 
 
 def change_of_hidden_states(width: int, mup: bool) -> float:

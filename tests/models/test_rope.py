@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from lit_reason.models import Yarn
-from lit_reason.models.rope import apply_rope, rope_tables, softmax_scale
+from lit_reason.models.rope import apply_rope, rope_table, softmax_scale
+
+
+def table(config) -> torch.Tensor:
+    return rope_table(config, torch.device("cpu"))
 
 
 def rotated(config, x, position):
-    cos, sin = rope_tables(config)
-    return apply_rope(x, cos[position], sin[position])
+    return apply_rope(x, table(config)[position])
 
 
 def test_pairs_are_rotated_as_complex_numbers(tiny):
@@ -21,7 +24,7 @@ def test_pairs_are_rotated_as_complex_numbers(tiny):
     got = rotated(config, x, 7)
     for j in range(3):
         z = complex(x[2 * j], x[2 * j + 1]) * cmath.exp(1j * 7 * 100.0 ** (-2 * j / 6))
-        assert abs(complex(got[j], got[3 + j]) - z) < 1e-6
+        assert abs(complex(got[2 * j], got[2 * j + 1]) - z) < 1e-6
 
 
 def test_scores_depend_on_the_distance_only(tiny):
@@ -40,8 +43,8 @@ def test_yarn_raises_the_softmax_scale(tiny, all_dim, factor):
 
 
 def test_yarn_multiplies_the_tables_by_the_ratio_of_its_temperatures(tiny):
-    plain = rope_tables(tiny(yarn=Yarn(factor=40.0, mscale=1.0, mscale_all_dim=1.0)))[0]
-    other = rope_tables(tiny(yarn=Yarn(factor=40.0, mscale=1.0, mscale_all_dim=0.707)))[0]
+    plain = table(tiny(yarn=Yarn(factor=40.0, mscale=1.0, mscale_all_dim=1.0)))
+    other = table(tiny(yarn=Yarn(factor=40.0, mscale=1.0, mscale_all_dim=0.707)))
     ratio = (0.1 * math.log(40) + 1) / (0.0707 * math.log(40) + 1)
     assert plain[0, 0] == 1.0
     torch.testing.assert_close(other, plain * ratio)
@@ -50,8 +53,7 @@ def test_yarn_multiplies_the_tables_by_the_ratio_of_its_temperatures(tiny):
 def test_yarn_keeps_fast_dimensions_and_stretches_slow_ones(tiny):
     theta, half, original = 10_000.0, 32, 4096
     config = tiny(qk_rope_head_dim=2 * half, yarn=Yarn(factor=40.0, original_max_seq_len=original))
-    cos, sin = rope_tables(config)
-    angle = torch.atan2(sin[1], cos[1]).double()  # at position 1 the angle is the frequency itself
+    angle = table(config)[1].angle().double()  # at position 1 the angle is the frequency itself
     for j in range(half):
         frequency = theta ** (-j / half)
         turns = original * frequency / (2 * math.pi)
@@ -67,8 +69,17 @@ def test_yarn_keeps_fast_dimensions_and_stretches_slow_ones(tiny):
 
 def test_yarn_ramp_in_the_middle(tiny):
     # dim(r) = half * ln(4096 / (2 pi r)) / ln(theta): dim(32) = 10.47 -> 10, dim(1) = 22.51 -> 23.
-    cos, sin = rope_tables(tiny(qk_rope_head_dim=64, yarn=Yarn(factor=40.0)))
+    angle = table(tiny(qk_rope_head_dim=64, yarn=Yarn(factor=40.0)))[1].angle()
     frequency = 10_000.0 ** (-16 / 32)
     share = (16 - 10) / (23 - 10)
     expected = frequency / 40 * share + frequency * (1 - share)
-    assert float(torch.atan2(sin[1, 16], cos[1, 16])) == pytest.approx(expected, rel=1e-5)
+    assert float(angle[16]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_table_first_used_in_generation_serves_training(tiny):
+    config = tiny(rope_theta=123.0)  # a table of its own in the cache
+    with torch.inference_mode():
+        rotated(config, torch.randn(4), 1)
+    x = torch.randn(4, requires_grad=True)
+    rotated(config, x, 1).sum().backward()
+    assert x.grad is not None

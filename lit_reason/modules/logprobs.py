@@ -1,0 +1,68 @@
+"""Log-probs and entropies of a batch's tokens under the policy.
+
+Shapes: B rows, T positions, M targets that count, V vocabulary, D width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_reason.models import Transformer
+from lit_reason.models.packing import pack
+from lit_reason.types import PolicyBatch
+
+
+def token_logprobs(model: Transformer, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy (nats) under `temperature`, both (B, T) float32, 0 where masked.
+
+    A prompt that several rows share is computed once, and only positions that count reach the head.
+    """
+    counts_BT = batch.mask_BT > 0
+    packed = pack(batch.input_ids_BT, counts_BT)
+    states_MD = model.packed(packed).index_select(0, packed.state_M)
+    logprob_M, entropy_M = chosen_logprobs(model.head(states_MD), batch.target_ids_BT[counts_BT], temperature)
+    empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
+    return empty_BT.masked_scatter(counts_BT, logprob_M), empty_BT.masked_scatter(counts_BT, entropy_M)
+
+
+def chosen_logprobs(logits_MV: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature)[target] and the entropy of that distribution, (M,) float32 at least."""
+    return _ChosenLogprobs.apply(logits_MV, target_M, temperature)  # type: ignore[return-value]
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """One exponential a logit for both outputs and their gradient. With p = softmax(z), z = logits / temperature,
+    H = -sum p log p:   d log p_y / dz = onehot(y) - p,   dH / dz = -p (log p + H)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        z_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+        z_MV = z_MV / temperature if temperature != 1 else z_MV
+        z_MV = z_MV - z_MV.amax(1, keepdim=True)
+        p_MV = z_MV.exp()
+        total_M1 = p_MV.sum(1, keepdim=True)
+        p_MV, log_total_M1 = p_MV.div_(total_M1), total_M1.log()
+        logprob_M = (z_MV.gather(1, target_M[:, None]) - log_total_M1).squeeze(1)
+        entropy_M = log_total_M1.squeeze(1) - torch.linalg.vecdot(p_MV, z_MV)
+        ctx.save_for_backward(p_MV, target_M, entropy_M)
+        ctx.temperature, ctx.dtype = temperature, logits_MV.dtype
+        ctx.set_materialize_grads(False)
+        return logprob_M, entropy_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob_M: Tensor | None, grad_entropy_M: Tensor | None) -> tuple[Tensor, None, None]:
+        p_MV, target_M, entropy_M = ctx.saved_tensors
+        if grad_logprob_M is None:
+            grad_logprob_M = torch.zeros_like(entropy_M)
+        grad_z_MV = p_MV * -grad_logprob_M[:, None]
+        grad_z_MV.scatter_add_(1, target_M[:, None], grad_logprob_M[:, None])
+        if grad_entropy_M is not None:
+            surprise_MV = (
+                p_MV.log().add_(entropy_M[:, None]).clamp_min_(torch.finfo(p_MV.dtype).min)
+            )  # p = 0: 0 * log 0
+            grad_z_MV -= grad_entropy_M[:, None] * p_MV * surprise_MV
+        return (grad_z_MV / ctx.temperature).to(ctx.dtype), None, None
