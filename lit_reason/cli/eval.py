@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from lit_reason.cli.launch import check_count, launch
+from lit_reason.cli.launch import check_count, check_device, launch, pick_device
 from lit_reason.config import check_config, check_run
 
 if TYPE_CHECKING:
@@ -25,17 +25,20 @@ def check(cfg: DictConfig) -> None:
     check_run(cfg)
     check_count(cfg, "n", least=1)
     check_count(cfg, "k", least=0)
+    check_device(cfg)
     check_config(OmegaConf.masked_copy(cfg, ["data", "reward", "rollout"]), cfg.allow_targets)
 
 
 def run(cfg: DictConfig) -> EvalReport:
     """Evaluate, print the table, write `items.jsonl` and `summary.json`; earlier ones are renamed, not overwritten."""
     from lit_reason import zoo
-    from lit_reason.cli.stages import build, evaluate_model
+    from lit_reason.cli.build import build
+    from lit_reason.cli.stages import evaluate_model
     from lit_reason.report.records import set_aside
 
     loaded = zoo.load(cfg.checkpoint)
-    report = evaluate_model(cfg, loaded.model, build(cfg, "data", tokenizer=loaded.tokenizer))
+    data = build(cfg, "data", tokenizer=loaded.tokenizer)
+    report = evaluate_model(cfg, loaded.model, data, pick_device(cfg.device))
     items, summary = Path(cfg.run_dir) / "items.jsonl", Path(cfg.run_dir) / "summary.json"
     for path in (items, summary):
         set_aside(path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from lit_reason.cli.launch import check_count, launch
+from lit_reason.cli.launch import check_count, check_device, launch, pick_device
 from lit_reason.config import check_config, check_run
 from lit_reason.errors import ConfigError
 
@@ -23,6 +23,7 @@ def check(cfg: DictConfig) -> None:
     """What can be known to be wrong before the model is loaded."""
     check_run(cfg)
     check_count(cfg, "n", least=1)
+    check_device(cfg)
     if cfg.n > 1 and cfg.rollout.sampling.temperature == 0:
         raise ConfigError(f"n={cfg.n} greedy completions are all the same. Type rollout.sampling.temperature=1")
     if not questions(cfg):
@@ -33,7 +34,7 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[Completion]:
     """Generate and print, question by question."""
     from lit_reason import zoo
-    from lit_reason.cli.stages import build
+    from lit_reason.cli.build import build
     from lit_reason.data import default_chat, prompt_id
     from lit_reason.rollout import request_seed
     from lit_reason.types import Prompt
@@ -41,7 +42,7 @@ def run(cfg: DictConfig) -> list[Completion]:
     loaded = zoo.load(cfg.checkpoint)
     chat = default_chat(loaded.tokenizer)
     engine = build(cfg, "rollout.engine", tokenizer=loaded.tokenizer)()
-    engine.push(loaded.model, version=0)
+    engine.push(loaded.model.to(pick_device(cfg.device)), version=0)
     prompts = [
         Prompt(prompt_id(text), text, "", "cli", tuple(chat.prompt_ids(loaded.tokenizer, text)))
         for text in questions(cfg)

@@ -13,18 +13,22 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lit_reason.config.compose import CONF, compose, parse_argv, sweep_points
+from lit_reason.config.compose import CONF, compose, parse_argv, sweep_points, with_additions
 from lit_reason.config.stage import without_hydra
-from lit_reason.errors import ConfigError, LitReasonError, UnsafeTargetError
+from lit_reason.errors import ConfigError, LitReasonError, UnsafeTargetError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 Task = Callable[[DictConfig], Any]
 BEFORE_START = (ConfigError, UnsafeTargetError)
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def launch(config_name: str, task: Task, check: Task) -> None:
@@ -38,6 +42,11 @@ def launch(config_name: str, task: Task, check: Task) -> None:
     with clean_errors():
         args = parse_argv(sys.argv[1:])
         if not (args.help or args.hydra_help or args.info):
+            added = with_additions(args.config_name or config_name, args.overrides, args.config_dir)
+            # Hydra's main reads the command line by itself, here and in every process that Lightning starts.
+            changed = dict(zip(args.overrides, added, strict=True))
+            sys.argv[1:] = [changed.get(text, text) for text in sys.argv[1:]]
+            args.overrides = added
             preflight(args.config_name or config_name, args, check)
 
     @functools.wraps(task)
@@ -103,3 +112,20 @@ def check_count(cfg: DictConfig, key: str, least: int) -> None:
     """Refuse a count that is no whole number or too small."""
     if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < least:
         raise ConfigError(f"{key}={cfg[key]!r}; valid: a whole number of {least} or more, e.g. {key}=4")
+
+
+def check_device(cfg: DictConfig) -> None:
+    """Refuse a `device` that is unknown or not there."""
+    if cfg.device not in DEVICES:
+        raise ConfigError(f"device={cfg.device}: {nearest(str(cfg.device), DEVICES)}")
+    if cfg.device == "cuda" and pick_device("auto").type != "cuda":
+        raise ConfigError("device=cuda: torch finds no CUDA device here. Type device=auto, or device=cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """`"auto"` is `cuda` where there is one, else `cpu`."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

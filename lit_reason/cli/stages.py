@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import rich
+import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lit_reason import zoo
 from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
-from lit_reason.config.instantiate import instantiate
+from lit_reason.cli.build import build
+from lit_reason.cli.values import HANDED_IN
+from lit_reason.config.parameters import with_defaults
 from lit_reason.config.resolve import to_plain
 from lit_reason.data import PromptCursor, PromptData, Tokenizer
 from lit_reason.errors import ConfigError, DataError, LitReasonError
@@ -28,7 +31,6 @@ from lit_reason.evaluate import EvalReport, compare, evaluate
 from lit_reason.loop import RolloutLoop, Stages
 from lit_reason.models import Transformer
 from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFTModule
-from lit_reason.objectives import check_group_size
 from lit_reason.report import write_report
 from lit_reason.report.records import STEPS
 from lit_reason.rewards import AnswerAnywhere, AnswerExact, Rubric, ShuffledRubric
@@ -41,6 +43,14 @@ RECIPE = (
     *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rollout", "algorithm", "optimizer"),
     *("kernels", "trainer", "router_bias_rate", "evaluation"),
 )
+
+# What records and rollouts need of Lightning's Trainer; a key of the same name under `trainer` wins.
+TRAINER = {
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "inference_mode": False,  # lazily built caches of inference tensors would break backward
+    "enable_model_summary": False,
+}
 
 
 def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer]:
@@ -76,7 +86,8 @@ def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
     metrics = _metrics(json.loads(summary.read_text())) if summary.exists() else {}
-    recipe: dict[str, Any] = {key: value for key, value in to_plain(cfg).items() if key in RECIPE}
+    plain = with_defaults(to_plain(cfg), cfg.allow_targets, HANDED_IN)
+    recipe: dict[str, Any] = {key: value for key, value in plain.items() if key in RECIPE}
     recipe["trainer"].pop("default_root_dir", None)
     info = {"recipe": OmegaConf.to_yaml(recipe), "seed": cfg.seed, "commit": commit(), "metrics": metrics}
     return zoo.save(path, model, data.tokenizer, info, overwrite=True)
@@ -108,17 +119,13 @@ def commit() -> str:
     return (head + "+changes" if changed else head) or "unknown"
 
 
-def build(cfg: DictConfig, key: str, **kwargs: Any) -> Any:
-    """The object that the node `key` describes."""
-    return instantiate(OmegaConf.select(cfg, key), allow_targets=cfg.allow_targets, **kwargs)
-
-
 def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
     """Lightning's Trainer of the stage, with crash-safe checkpoints."""
     callbacks = list((build(cfg, "callbacks") if cfg.callbacks else {}).values())
     loggers = list((build(cfg, "logger") if cfg.logger else {}).values())
-    plugins = [SafeCheckpointIO()]
-    return build(cfg, "trainer", callbacks=callbacks, logger=loggers or False, plugins=plugins, **kwargs)()
+    kwargs |= {"callbacks": callbacks, "logger": loggers or False, "plugins": [SafeCheckpointIO()]}
+    defaults = {"default_root_dir": cfg.run_dir} | TRAINER
+    return build(cfg, "trainer", **{k: v for k, v in defaults.items() if k not in cfg.trainer}, **kwargs)()
 
 
 def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any) -> None:
@@ -135,7 +142,7 @@ def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:
     """Next-token training on plain worked problems."""
     data, model = start(cfg, weights)
     text = build(cfg, "text")(data=data, seed=cfg.seed)
-    _supervised(cfg, PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text)
+    _fit(cfg, make_trainer(cfg), PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text)
     return save_model(cfg, model, data)
 
 
@@ -143,26 +150,20 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     """Priming on a few worked solutions in the chat template; the result is evaluated."""
     data, model = start(cfg, weights)
     solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
-    _supervised(cfg, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions)
+    trainer = make_trainer(cfg)
+    _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions)
     if cfg.evaluation.n:
-        report = evaluate_model(cfg, model, data)
+        report = evaluate_model(cfg, model, data, trainer.strategy.root_device)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
         print(f"held-out problems: pass@1 {estimate}" + (f", format-blind {blind}" if blind else ""))
         write_summary(Path(cfg.run_dir), report.summary())
     return save_model(cfg, model, data)
 
 
-def _supervised(cfg: DictConfig, module: LanguageModule, data: Any) -> None:
-    if cfg.trainer.max_steps < 1 and not cfg.trainer.get("fast_dev_run"):
-        raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps}: a supervised stage needs a length, e.g. 500")
-    _fit(cfg, make_trainer(cfg), module, data)
-
-
 def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     """Reinforcement learning with verifiable rewards; writes `summary.json` with the before/after comparison."""
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
-    check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     rubric = Rubric(build(cfg, "reward"), max_fault_fraction=cfg.rollout.max_fault_fraction)
     if cfg.rollout.shuffle_rewards:
@@ -194,10 +195,11 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         pad_id=data.tokenizer.pad_id,
         on_round=policy.on_round,
     )
-    before = evaluate_model(cfg, model, data) if cfg.evaluation.n else None
+    device = trainer.strategy.root_device
+    before = evaluate_model(cfg, model, data, device) if cfg.evaluation.n else None
     _fit(cfg, trainer, policy, loop)
     if before is not None:
-        comparison = compare(before, evaluate_model(cfg, model, data))
+        comparison = compare(before, evaluate_model(cfg, model, data, device))
         rich.print(comparison.table())
         summary = comparison.to_dict() | {
             "seconds": policy.seconds,
@@ -220,10 +222,10 @@ def check_context(data: PromptData, model: Transformer) -> None:
         )
 
 
-def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData) -> EvalReport:
-    """The stage's rewards, and the format-blind answer, on held-out problems."""
+def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData, device: torch.device) -> EvalReport:
+    """The stage's rewards, and the format-blind answer, on held-out problems. Leaves the model on `device`."""
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
-    engine.push(model, 0)
+    engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
     rewards.setdefault("answer", AnswerExact(weight=0.0))
     rewards.setdefault("answer_anywhere", AnswerAnywhere(weight=0.0))

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lit_reason.cli.launch import launch, print_config
+from lit_reason.cli.values import HANDED_IN, check_values
 from lit_reason.config import check_config, check_run, stage_config
+from lit_reason.config.parameters import with_defaults
 from lit_reason.config.resolve import to_plain
 from lit_reason.errors import CheckpointError, ConfigError
 
@@ -51,10 +53,16 @@ def main() -> None:
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before training; the run-level values need no torch."""
     check_run(cfg)
-    parts = [stage_config(cfg, stage) for stage in cfg.stages]
+    parts = {stage: stage_config(cfg, stage) for stage in cfg.stages}
     stage_resume(cfg, cfg.stages[0])
-    for part in parts:
-        check_config(part)
+    for look in (check_values, lambda part, stage: check_config(part)):
+        for stage, part in parts.items():
+            try:
+                look(part, stage)
+            except ConfigError as error:
+                if len(parts) > 1:
+                    error.add_note(f"in the stage {stage}; {stage}.KEY=VALUE sets a key for this stage only")
+                raise
 
 
 def run(cfg: DictConfig) -> Path:
@@ -65,6 +73,11 @@ def run(cfg: DictConfig) -> Path:
     """
     if cfg.extras.print_config:
         print_config(cfg)
+    if cfg.stages[0] == "rl" and cfg.init is None:
+        log.warning(
+            "init=null: RL starts from random weights, whose answers earn no reward, so it learns nothing. "
+            "Type init=arith-1m.sft (lit-reason-zoo list), or 'stages=[pretrain,sft,rl]'"
+        )
     weights: Path | None = None
     for stage in cfg.stages:
         weights = run_stage(stage_config(cfg, stage), stage, stage_resume(cfg, stage), weights)
@@ -140,8 +153,8 @@ class Done:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """The stage's tree as plain values, without what may differ from start to start."""
-    plain = to_plain(cfg)
+    """The stage's tree as plain values, defaults included, without what may differ from start to start."""
+    plain = with_defaults(to_plain(cfg), cfg.allow_targets, HANDED_IN)
     return {key: value for key, value in plain.items() if key != "resume"}
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.config.instantiate import DIRECTIVES, allowed_prefixes, check_directives, iter_targets
+from lit_reason.config.parameters import parameters
 from lit_reason.config.resolve import to_plain
 from lit_reason.config.stage import STAGES
 from lit_reason.config.targets import check_prefixes, locate
@@ -96,10 +97,9 @@ def check_config(
 
 def check_node(path: str, node: Mapping[str, Any], target: Any, provided: Collection[str] = ()) -> None:
     """Hold one node's keys and values against its target's signature."""
-    signature = inspect.signature(target)
     where = f"{path}." if path else ""
-    by_name = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    by_name = parameters(target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
     given = [str(k) for k in node if k not in DIRECTIVES]
     for key in given:
         if key not in by_name and not takes_any:
@@ -110,7 +110,7 @@ def check_node(path: str, node: Mapping[str, Any], target: Any, provided: Collec
     required = [n for n, p in by_name.items() if p.default is p.empty and n not in positional]
     open_keys = [n for n in required if n not in given and n not in provided]
     if open_keys and not node.get("_partial_", False):
-        typed = " ".join(f"+{where}{key}=VALUE" for key in open_keys)
+        typed = " ".join(f"{where}{key}=VALUE" for key in open_keys)
         raise ConfigError(f"{where}{open_keys[0]} is required by {node['_target_']}. Type: {typed}")
     hints = _hints(target)
     for key in given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -23,13 +24,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_reason.config.stage import without_hydra
+from lit_reason.config.parameters import find, may_add, node_parameters
+from lit_reason.config.stage import STAGES, without_hydra
 from lit_reason.errors import ConfigError, UnsafeTargetError, nearest
 
 CONF = "pkg://lit_reason.conf"
+# Hydra raises a plain ValueError for a group that is given no name, e.g. trainer=null.
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 LAUNCHERS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 LOG_CLASSES = ("logging.", "rich.logging.", "colorlog.")
 KEY = re.compile(r"(?:Could not (?:override|delete from config\. The value of|delete from config\.)|at) '([^']+)'")
+# What OmegaConf says of a key inside a mapping that the command line gives, e.g. 'rollout.shape={rouds: 3}'.
+INNER_KEY = re.compile(r"Key '[^']+' is not in struct\s+full_key: (\S+)")
 
 
 def parse_argv(argv: Sequence[str]) -> Namespace:
@@ -50,12 +56,59 @@ def compose(
         >>> compose("train", ["experiment=arith_gdpo", "seed=2"]).seed
         2
     """
+    overrides = with_additions(config_name, overrides, config_dir)
     try:
         cfg = _load(config_name, overrides, config_dir, multirun)
-    except (HydraException, OmegaConfBaseException) as error:
+    except MISTAKES as error:
         raise _explain(error, config_name, list(overrides), config_dir, multirun) from error
     _check_hydra(cfg.hydra)
     return cfg
+
+
+def with_additions(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """The overrides, with `++` before each that sets a parameter which its node's YAML leaves out.
+
+    Example::
+
+        >>> with_additions("train", ["model.rope_theta=5e5", "model.width=64"])
+        ['++model.rope_theta=5e5', 'model.width=64']
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        # Keys are looked up in the tree as the choices, additions and deletions make it.
+        kept = [str(o.input_line) for o in parsed if not _sets_a_value(o)]
+        if len(kept) == len(parsed):
+            return list(overrides)
+        tree = OmegaConf.to_container(_load(config_name, kept, config_dir, multirun=True))
+    except MISTAKES:
+        return list(overrides)  # the mistake is explained where the tree is composed
+    return [f"++{o.input_line}" if _sets_a_value(o) and _adds(tree, o) else str(o.input_line) for o in parsed]
+
+
+def _sets_a_value(override: Override) -> bool:
+    """Whether it changes a value below the root, rather than a choice, a run-level value or which keys there are."""
+    changes = not (override.is_delete() or override.is_add() or override.is_force_add())
+    key = override.key_or_group
+    return changes and not key.endswith("_target_") and ("." in key or isinstance(_value(override), dict))
+
+
+def _adds(tree: Any, override: Override) -> bool:
+    """Whether all that it sets may stand in the tree and something of it does not yet."""
+    paths = list(_leaves(_value(override), override.key_or_group))
+    new = [path for path in paths if find(tree, path)[1]]
+    return bool(new) and all(may_add(tree, path, tree.get("allow_targets") or ()) for path in new)
+
+
+def _value(override: Override) -> Any:
+    return None if override.is_sweep_override() else override.value()
+
+
+def _leaves(value: Any, path: str) -> Iterator[str]:
+    if not isinstance(value, Mapping) or not value:
+        yield path
+        return
+    for key, child in value.items():
+        yield from _leaves(child, f"{path}.{key}")
 
 
 def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -91,20 +144,26 @@ def _load(name: str, overrides: Sequence[str], config_dir: str | None, multirun:
 
 
 def _explain(error: Exception, name: str, overrides: list[str], config_dir: str | None, multirun: bool) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None and str(e))
     if isinstance(error, MissingConfigException):
         return _missing_option(error, text, name, config_dir)
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"cannot read {error.override!r}: {text.splitlines()[0]}. "
-            "Type key=value; quote values with spaces, brackets or commas: 'key=[a,b]' or 'key=\"a b\"'"
-        )
-    found = KEY.search(text)
+        key, _, value = str(error.override).partition("=")
+        typed = "key=value; quote values with spaces, brackets or commas: 'key=[a,b]' or 'key=\"a b\"'"
+        if "=" in value and not re.search(r"[\"'\[{(]", value):  # a checkpoint's path, e.g. .../step=25.ckpt
+            typed = f"'{key}=\"{value}\"'"
+        return ConfigError(f"cannot read {error.override!r}: {text.splitlines()[0]}. Type {typed}")
+    found, inner = KEY.search(text), INNER_KEY.search(text)
     if found:
-        return _unknown_key(found[1], text, name, overrides, config_dir)
+        key = inner[1] if inner and inner[1].startswith(f"{found[1]}.") else found[1]
+        return _unknown_key(key, text, name, overrides, config_dir)
     if "requires --multirun" in text:
         return ConfigError(f"{text.splitlines()[0]}: to run every value type -m before the overrides")
-    return ConfigError(f"the configuration does not compose: {' '.join(text.split())}")
+    said = re.sub(r"\s*(full_key|object_type|reference_type):? ?=?\s*\S+", "", text)
+    typed = ". Type GROUP=NAME, e.g. logger=none" if "Config group override must" in text else ""
+    return ConfigError(f"the configuration does not compose: {' '.join(said.split())}{typed}")
 
 
 def _missing_option(error: MissingConfigException, text: str, name: str, config_dir: str | None) -> ConfigError:
@@ -121,32 +180,46 @@ def _missing_option(error: MissingConfigException, text: str, name: str, config_
 def _unknown_key(key: str, text: str, name: str, overrides: list[str], config_dir: str | None) -> ConfigError:
     if "An item is already at" in text:
         return ConfigError(f"+{key} adds a key, but {key} exists. Type {key}=VALUE without the +")
-    keys, groups = _known(key, name, overrides, config_dir)
-    valid = {**dict.fromkeys(keys), **dict.fromkeys(groups)}
-    head = key.rpartition(".")[0]
-    beside = [k for k in valid if k.rpartition(".")[0] == head] if head and head in valid else list(valid)
+    tree, groups = _known(key, name, overrides, config_dir)
+    removal = "delete" in text
+    head, node = _parent(tree, key, of_block=removal)
+    names = [str(k) for k in node if not str(k).startswith("_")]
+    if not removal:
+        names += node_parameters(node, tree.get("allow_targets") or ())
+    beside = [f"{head}.{n}" for n in dict.fromkeys(names)] or list(dict.fromkeys([*_keys(tree, ""), *groups]))
     hint = nearest(key, beside)
     if len(beside) > 70:
         hint = nearest(key, [k for k in beside if "." not in k])
-    if "delete" in text:
+    if removal:
         return ConfigError(f"~{key} removes nothing, there is no such key: {hint}")
+    own = "" if "_target_" in node else f" (a new key of your own: +{key}=VALUE)"
     return ConfigError(
-        f"unknown key {key}: {hint}. Type one of these as key=value; a parameter that exists but is not in the "
-        f"YAML is added with +{key}=VALUE; 'lit-reason-{name} --cfg job' prints the tree"
+        f"unknown key {key}: {hint}. Type one of these as key=value{own}; 'lit-reason-{name} --cfg job' prints the tree"
     )
 
 
-def _known(bad: str, name: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """Keys and groups of the tree, composed without the bad override and, if that fails, without any."""
+def _parent(tree: Any, key: str, of_block: bool) -> tuple[str, Mapping[str, Any]]:
+    """The name and the node that a key stands under; an empty node when there is none but the root.
+
+    A stage's block is laid over the tree, so `sft.model.x` stands under `model`, unless the block itself is meant.
+    """
+    head = key.rpartition(".")[0]
+    stage, _, rest = head.partition(".")
+    node, missing = find(tree, rest if stage in STAGES and rest and not of_block else head)
+    return head, node if isinstance(node, Mapping) and not missing else {}
+
+
+def _known(bad: str, name: str, overrides: list[str], config_dir: str | None) -> tuple[Any, list[str]]:
+    """The tree and its groups, composed without the bad override and, if that fails, without any."""
     kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] != bad and "hydra" not in o]
     for attempt in (kept, []):
         try:
             cfg = _load(name, attempt, config_dir, multirun=True)
-        except (HydraException, OmegaConfBaseException):
+        except MISTAKES:
             continue
         groups = [g for g in cfg.hydra.runtime.choices if not g.startswith("hydra")]
-        return list(_keys(OmegaConf.to_container(without_hydra(cfg)), "")), groups
-    return [], []
+        return OmegaConf.to_container(without_hydra(cfg)), groups
+    return {}, []
 
 
 def _keys(node: Any, path: str) -> Iterator[str]:

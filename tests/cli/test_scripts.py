@@ -4,19 +4,24 @@ import json
 import sys
 
 import pytest
+import torch
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from lit_reason import zoo
 from lit_reason.cli import eval as eval_script
-from lit_reason.cli import generate, train
+from lit_reason.cli import generate, stages, train
+from lit_reason.cli.launch import check_device, pick_device
+from lit_reason.config.compose import compose
 from lit_reason.data import ByteTokenizer
+from lit_reason.errors import ConfigError
 from lit_reason.models import ModelConfig, Transformer
 
 SMALL = [
     *("model=tiny", "data.source.size=300", "evaluation.n=4", "rollout.sampling.max_tokens=8", "extras.threads=1"),
     *("rollout.shape.rounds=2", "rollout.shape.prompts_per_round=2", "rollout.shape.group_size=2"),
     *("rollout.shape.micro_batches=1", "priming.n_examples=40", "callbacks=[checkpoint,rng,report]"),
-    *("callbacks.checkpoint.every_n_train_steps=1", "+trainer.enable_progress_bar=false", "reward.length.max_tokens=8"),
+    *("callbacks.checkpoint.every_n_train_steps=1", "trainer.enable_progress_bar=false", "reward.length.max_tokens=8"),
     *("reward.length.buffer=2", "trainer.precision=32-true", "pretrain.optimizer.warmup_steps=0"),
     *("sft.optimizer.warmup_steps=0", "pretrain.trainer.max_steps=2", "sft.trainer.max_steps=2"),
 ]
@@ -54,18 +59,28 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["algorithm=gpdo", "model.widht=3", "+model.widht=3", "resume=atuo", "model._target_=os.system"]
+    "override",
+    [
+        *("algorithm=gpdo", "model.widht=3", "+model.widht=3", "resume=atuo", "model._target_=os.system"),
+        *("model.rope_tehta=3", "rollout.shape.group_size=1"),
+    ],
 )
 def test_a_mistake_ends_with_code_2_one_message_and_no_folder(override, folder, capsys):
     assert call(train.main, override) == 2
     said = capsys.readouterr().err
-    assert "Traceback" not in said and ("did you mean" in said or "refused" in said)
+    assert "Traceback" not in said and any(word in said for word in ("did you mean", "refused", "valid: 2 or more"))
     assert list(folder.iterdir()) == []
 
 
 def test_a_mistake_in_one_value_of_a_sweep_stops_before_job_one(folder, capsys):
     assert call(train.main, "-m", "algorithm=grpo,gpdo", "seed=1,2") == 2
     assert "gpdo" in capsys.readouterr().err and list(folder.iterdir()) == []
+
+
+def test_hydra_is_handed_the_plus_of_a_parameter_that_no_yaml_lists(folder, capsys):
+    assert call(train.main, "--cfg", "job", "--package", "model", "model.rope_theta=5e5", "model.width=64") == 0
+    said = capsys.readouterr().out
+    assert "rope_theta: 500000.0" in said and "width: 64" in said
 
 
 def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, capsys):
@@ -80,9 +95,13 @@ def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, 
 
     monkeypatch.setattr(train, "stage_functions", dict)  # nothing can be trained from here on
     assert call(train.main, *line) == 0
+    spelt_out = ["model.rope_theta=10000.0", "optimizer.weight_decay=0.01", "text.facts_fraction=0.2"]
+    assert call(train.main, *line, *spelt_out) == 0  # the defaults: nothing has changed
+    assert yaml.safe_load((run / "sft" / "config.yaml").read_text())["optimizer"]["weight_decay"] == 0.01
     capsys.readouterr()
     for change, said in (
         ("model.heads=1", "model.heads: got 1"),
+        ("model.rope_theta=5e5", "model.rope_theta: got 500000.0, saved 10000.0"),
         ("sft.trainer.max_steps=3", "got 3, saved 2"),
         ("evaluation.n=5", "evaluation.n: got 5, saved 4"),
         ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val: got 2.0, saved 1.0"),
@@ -139,3 +158,52 @@ def test_generate_prints_every_completion(saved, capsys):
     assert call(generate.main, *line, "prompt=12", "n=3") == 2
     assert "rollout.sampling.temperature=1" in capsys.readouterr().err
     assert call(generate.main, "checkpoint=nothing", "prompt=12") == 1
+
+
+def test_the_evaluations_of_a_run_are_on_the_trainers_device(folder, monkeypatch):
+    """The strategy's device is written `cpu:0` here, so that it cannot be taken for a default."""
+    evaluate, seen = stages.evaluate_model, []
+    monkeypatch.setattr(stages, "evaluate_model", lambda *args: seen.append(args[-1]) or evaluate(*args))
+    strategy = "+trainer.strategy={_target_: lightning.pytorch.strategies.SingleDeviceStrategy, device: 'cpu:0'}"
+    line = ["experiment=arith_from_scratch", *SMALL, "stages=[sft,rl]", strategy, "trainer.accelerator=auto"]
+    assert call(train.main, *line) == 0
+    assert seen == [torch.device("cpu:0")] * 3  # after priming; before and after RL
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_evaluations_of_a_run_on_a_gpu_are_on_the_gpu(folder, monkeypatch):
+    evaluate, seen = stages.evaluate, []
+
+    def watched(engine, *args, **kwargs):
+        seen.append(engine.model.embed.weight.device.type)
+        return evaluate(engine, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "evaluate", watched)
+    assert call(train.main, "experiment=arith_from_scratch", *SMALL, "stages=[sft,rl]", "trainer=gpu") == 0
+    assert seen == ["cuda"] * 3
+
+
+@pytest.mark.parametrize(("there", "picked"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_of_eval_and_generate(there, picked, monkeypatch, saved):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert pick_device("auto") == torch.device(picked) and pick_device("cpu") == torch.device("cpu")
+    for name in ("eval", "generate"):
+        assert compose(name, ["checkpoint=x"]).device == "auto"
+        if not there:
+            with pytest.raises(ConfigError, match=r"device=cuda: torch finds no CUDA device here\. Type device=auto"):
+                check_device(compose(name, ["checkpoint=x", "device=cuda"]))
+        with pytest.raises(ConfigError, match=r"device=gpu: .*valid: auto, cpu, cuda"):
+            check_device(compose(name, ["checkpoint=x", "device=gpu"]))
+    asked = []
+    monkeypatch.setattr(Transformer, "to", lambda self, device: asked.append(device) or self)
+    line = [
+        f"checkpoint='dir:{saved}'",
+        "rollout.sampling.max_tokens=4",
+        "extras.threads=1",
+        "rollout.engine.dtype=float32",
+    ]
+    assert call(generate.main, *line, "prompt=12") == 0
+    GlobalHydra.instance().clear()
+    assert call(eval_script.main, *line, "n=2", "data.source.size=300") == 0
+    assert asked == [torch.device(picked)] * 2

@@ -33,7 +33,7 @@ def test_a_good_tree_passes():
         ({"_target_": "lit_reason.modles.ModelConfig"}, "does not exist"),
         (
             {"_target_": "torch.nn.Linear", "in_features": 2},
-            r"model\.out_features is required .*\+model\.out_features=VALUE",
+            r"model\.out_features is required .*Type: model\.out_features=VALUE",
         ),
         ({"_target_": "lightning.pytorch.Trainer", "precision": "bf16-mixd"}, "did you mean 'bf16-mixed'"),
     ],

@@ -1,5 +1,6 @@
 """The shipped tree composes in every combination of groups, and every mistake on the command line is explained."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lit_reason.config import check_config, check_run, stage_config
-from lit_reason.config.compose import compose, parse_argv, sweep_points
+from lit_reason.config import check_config, check_run, instantiate, stage_config
+from lit_reason.config.compose import compose, parse_argv, sweep_points, with_additions
 from lit_reason.config.stage import without_hydra
 from lit_reason.errors import ConfigError, UnsafeTargetError
 
@@ -75,6 +76,73 @@ def leaves(node, path=()):
             yield from leaves(child, (*path, key)) if isinstance(child, dict) and child else [(*path, key)]
 
 
+def test_a_user_of_the_demo_meets_few_keys():
+    """Counted: every leaf that can be given a value. Not counted: `_target_` and its like, empty blocks and groups, and
+    where files go (`run_dir`, and the loggers' and callbacks' folders in it)."""
+    cfg = OmegaConf.to_container(without_hydra(compose("train", ["experiment=arith_gdpo"])))
+    met = [".".join(path) for path in leaves(cfg) if OmegaConf.select(OmegaConf.create(cfg), ".".join(path)) != {}]
+    folders = {"run_dir", "callbacks.checkpoint.dirpath", "logger.csv.save_dir", "logger.csv.name"}
+    assert folders < set(met)
+    assert len(set(met) - folders) <= 72
+
+
+# The first three are in no YAML; of the fourth's two one is and one is not.
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("model.rope_theta=5e5", {"model.rope_theta": 5e5, "model.width": 128}),
+        ("model.base.width=32", {"model.base.width": 32}),
+        ("trainer.val_check_interval=0.5", {"trainer.val_check_interval": 0.5}),
+        ("priming={n_examples: 9, style: columns}", {"priming.n_examples": 9, "priming.style": "columns"}),
+        ("sft.optimizer.weight_decay=0.5", {"sft.optimizer.weight_decay": 0.5}),
+        ("rl.trainer.devices=1", {"rl.trainer.devices": 1}),
+        ("data.source.seed=3", {"data.source.seed": 3}),
+    ],
+)  # fmt: skip
+def test_every_parameter_of_a_target_can_be_set_without_a_plus(override, wanted):
+    cfg = without_hydra(compose("train", [override]))
+    assert {key: OmegaConf.select(cfg, key) for key in wanted} == wanted
+    check_config(stage_config(cfg, "rl"))
+
+
+def test_a_parameter_is_looked_up_in_the_option_that_is_chosen(tmp_path, monkeypatch):
+    (tmp_path / "painted_pkg").mkdir()
+    (tmp_path / "painted_pkg" / "__init__.py").write_text("class Model:\n    def __init__(self, colour='red'): ...\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: painted_pkg.Model\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = ["model=mine", "allow_targets=[painted_pkg]"]
+    assert compose("train", [*line, "model.colour=blue"], config_dir=str(tmp_path)).model.colour == "blue"
+    with pytest.raises(ConfigError, match=r"unknown key model\.rope_theta: .*valid: model\.colour\. Type one"):
+        compose("train", [*line, "model.rope_theta=1"], config_dir=str(tmp_path))
+    with pytest.raises(UnsafeTargetError, match="allow_targets"):
+        compose("train", ["model=mine", "model.colour=blue"], config_dir=str(tmp_path))
+
+
+def test_a_users_yaml_may_hold_every_parameter_too(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nmodel: {rope_theta: 5e5}\nsft: {optimizer: {weight_decay: 0.5}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    cfg = compose("train", ["experiment=mine"], config_dir=str(tmp_path))
+    check_config(stage_config(cfg, "sft"))
+    assert stage_config(cfg, "sft").optimizer.weight_decay == 0.5
+    (tmp_path / "experiment" / "mine.yaml").write_text(text.replace("rope_theta", "rope_tehta"))
+    with pytest.raises(ConfigError, match=r"model\.rope_tehta .*did you mean 'rope_theta'"):
+        check_config(stage_config(compose("train", ["experiment=mine"], config_dir=str(tmp_path)), "sft"))
+
+
+def test_a_swept_parameter_is_added_in_every_job():
+    line = with_additions("train", ["model.rope_theta=1,2", "seed=3", "model.width=64"])
+    assert line == ["++model.rope_theta=1,2", "seed=3", "model.width=64"]
+    assert [p[-1] for p in sweep_points(line)] == ["++model.rope_theta=1", "++model.rope_theta=2"]
+
+
+def test_the_shelfs_shape_does_not_hang_on_defaults_that_may_change():
+    """`arith_1m` leaves dimensions to ModelConfig: should a default change, the YAML must state the value."""
+    saved = json.loads((CONF.parent / "zoo" / "arith-1m.sft" / "config.json").read_text())["model"]
+    assert instantiate(compose("train").model).to_dict() == saved
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -90,6 +158,11 @@ def leaves(node, path=()):
         ("tags=[a", r"cannot read 'tags=\[a'"),
         ("experiment=arith_gpdo", "did you mean 'arith_gdpo'"),
         ("seed=1,2", "--multirun"),
+        ("model.rope_tehta=3", r"unknown key model\.rope_tehta: did you mean 'model\.rope_theta'"),
+        ("sft.optimizer.weight_deacy=1", r"unknown key sft\.\S+: did you mean 'sft\.optimizer\.weight_decay'"),
+        ("rollout.shape={rouds: 3}", r"unknown key rollout\.shape\.rouds: did you mean 'rollout\.shape\.rounds'"),
+        ("resume=x/step=25.ckpt", """Type 'resume="x/step=25.ckpt"'"""),
+        ("logger=null", "Got NoneType. Type GROUP=NAME"),
     ],
 )
 def test_mistakes_are_explained(override, said):

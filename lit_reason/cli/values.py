@@ -1,0 +1,114 @@
+"""Values that a stage's own objects refuse, found before the run's first stage trains.
+
+The rules stand in the constructors. What takes plain values is built here once per stage and thrown away; what may load
+or start something is not: data, engines, loggers, callbacks, a user's own rewards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lit_reason.cli.build import checked_build
+from lit_reason.errors import ConfigError
+
+# Arguments that the run hands in itself, and what sets each. A key of that name would be overwritten in silence.
+HANDED_IN = {
+    "text.data": "data=NAME",
+    "text.seed": "seed=VALUE",
+    "priming.data": "data=NAME",
+    "priming.seed": "seed=VALUE",
+    "rollout.engine.tokenizer": "data.tokenizer=NAME",
+    "trainer.callbacks": "'callbacks=[NAME,...]'",
+    "trainer.logger": "logger=NAME",
+    "trainer.plugins": "",
+}
+HANDED_IN_RL = {
+    "trainer.max_epochs": "rollout.shape.rounds=VALUE",
+    "trainer.accumulate_grad_batches": "rollout.shape.micro_batches=VALUE",
+}
+
+
+def check_values(cfg: DictConfig, stage: str) -> None:
+    """Build a stage's cheap objects, those first that need no Lightning, whose import takes seconds.
+
+    Args:
+        cfg: the stage's tree (`stage_config`).
+        stage: `"pretrain"`, `"sft"` or `"rl"`.
+
+    Raises:
+        ConfigError: what one of them, or a rule between two of them, refuses.
+    """
+    for key, typed in (HANDED_IN | HANDED_IN_RL if stage == "rl" else HANDED_IN).items():
+        if OmegaConf.select(cfg, key) is not None:
+            instead = f". Type {typed}" if typed else ""
+            raise ConfigError(f"{key} is set by the run itself; leave it out{instead}")
+    _check_accelerator(cfg.trainer)
+    steps = _check_rl(cfg) if stage == "rl" else _check_length(cfg.trainer)
+    checked_build(cfg, "model")
+    _check_schedule(checked_build(cfg, "optimizer"), 1 if cfg.trainer.get("fast_dev_run") else steps)
+    if stage == "rl" and not (sampling := checked_build(cfg, "rollout.sampling")).temperature > 0:
+        raise ConfigError(  # PolicyModule says so too, but it takes a model
+            f"rollout.sampling.temperature={sampling.temperature}: RL needs samples that differ (0 is greedy). "
+            "Type rollout.sampling.temperature=1.0"
+        )
+    if stage != "pretrain":
+        _check_rewards(cfg)
+
+
+def _check_accelerator(trainer: DictConfig) -> None:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available()}
+    there["gpu"] = there["cuda"] or torch.backends.mps.is_available()
+    if not there.get(name := trainer.get("accelerator"), True):
+        raise ConfigError(f"trainer.accelerator={name}: torch finds no such device here. Type trainer=cpu")
+
+
+def _check_length(trainer: DictConfig) -> int:
+    steps = trainer.get("max_steps", -1)
+    if not (isinstance(steps, int) and steps >= 1) and not trainer.get("fast_dev_run"):
+        raise ConfigError(
+            f"trainer.max_steps={steps}: a supervised stage needs a length, 1 or more. Type trainer.max_steps=500"
+        )
+    return steps
+
+
+def _check_rl(cfg: DictConfig) -> int:
+    """Optimizer steps of the run."""
+    _check_one_process(cfg.trainer)
+    objective, shape = checked_build(cfg, "algorithm"), checked_build(cfg, "rollout.shape")
+
+    from lit_reason.objectives import check_group_size
+
+    check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
+    return shape.rounds * shape.updates
+
+
+def _check_one_process(trainer: Any) -> None:
+    """As `PolicyModule` does when a fit starts; what "auto" comes to is known only there."""
+    devices = trainer.get("devices", 1)
+    count = len(devices) if OmegaConf.is_list(devices) else devices
+    for key, got in (("devices", count), ("num_nodes", trainer.get("num_nodes", 1))):
+        if isinstance(got, int) and got != 1:
+            raise ConfigError(f"trainer.{key}={trainer[key]}: RL runs on one process for now. Type trainer.{key}=1")
+
+
+def _check_schedule(optimizer: Any, steps: int) -> None:
+    from lit_reason.optim import AdamW
+    from lit_reason.optim.schedules import schedule
+
+    if isinstance(optimizer, AdamW):
+        schedule(optimizer.schedule, warmup_steps=optimizer.warmup_steps, total_steps=steps, final_fraction=0.0)
+
+
+def _check_rewards(cfg: DictConfig) -> None:
+    nodes = cfg.get("reward") or OmegaConf.create()
+    ours = [str(name) for name in nodes if str(OmegaConf.select(nodes, f"{name}._target_")).startswith("lit_reason.")]
+    rewards = {name: checked_build(cfg, f"reward.{name}") for name in ours}
+
+    from lit_reason.rewards import Rubric
+
+    if ours or not nodes:
+        Rubric(rewards)

@@ -1,0 +1,41 @@
+"""The README's Python runs as it stands, and its command lines compose."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lit_reason.cli import train
+from lit_reason.config.compose import compose
+from lit_reason.config.stage import without_hydra
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text()
+LINES = re.findall(r"^lit-reason-train (experiment=.*?)(?: +#.*)?$", TEXT, re.MULTILINE)
+
+
+def test_the_python_snippet_trains(tmp_path, monkeypatch):
+    """Only the amount of work is made smaller: 2 rounds of 4 prompts instead of 60 of 32."""
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for wanted, small in (
+        ("rounds=60", "rounds=2"), ("prompts_per_round=32", "prompts_per_round=4"), ("size=2000", "size=40")
+    ):  # fmt: skip
+        assert snippet.count(wanted) == 1
+        snippet = snippet.replace(wanted, small)
+    names = {}
+    exec(snippet, names)
+    trainer, policy = names["trainer"], names["policy"]
+    assert trainer.global_step == 2
+    moved = [not a.equal(b) for a, b in zip(policy.model.parameters(), policy.reference.parameters(), strict=True)]
+    assert any(moved)
+    assert 0 < float(trainer.callback_metrics["reward/answer/mean"]) <= 1  # the primed model solves some of them
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_passes_every_check(line):
+    train.check(without_hydra(compose("train", shlex.split(line))))
+
+
+def test_the_command_lines_were_found():
+    assert len(LINES) == 5

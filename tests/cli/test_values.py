@@ -1,0 +1,111 @@
+"""Values that would fail only when their stage begins are refused before the first stage does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lit_reason.cli import train
+from lit_reason.config.compose import compose
+from lit_reason.config.stage import without_hydra
+from lit_reason.errors import ConfigError
+
+ROAD = "experiment=arith_from_scratch"
+
+
+def check(*overrides):
+    train.check(without_hydra(compose("train", list(overrides))))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.shape.group_size=1", "rollout.shape.group_size: got 1; valid: 2 or more.*Type rollout.shape"),
+        # 64 prompts of 8 completions are 512 sequences
+        ("rollout.shape.micro_batches=3", "512 sequences.*micro_batches=3; valid: a divisor of 512"),
+        ("rollout.shape.minibatches=3", "prompts_per_round=64 is not divisible by rollout.shape.minibatches=3"),
+        ("rollout.shape.rounds=0", "rollout.shape.rounds=0: must be at least 1"),
+        ("algorithm.clip.name=ppp", "got 'ppp'; did you mean 'ppo'.*Type algorithm.clip.name=NAME"),
+        ("algorithm.advantage.eps=-1", "advantage.eps: got -1.*valid: a finite number >= 0. Type algorithm.advantage"),
+        ("algorithm.aggregation=mean", "got 'mean'; .*valid: .*token_mean.*Type algorithm.aggregation=NAME"),
+        ("algorithm.kl.place=los", "'los'.*'loss'"),
+        ("rollout.sampling.temperature=0", "temperature=0: RL needs.*Type rollout.sampling.temperature=1.0"),
+        ("rollout.sampling.temperature=-1", "rollout.sampling.temperature=-1: must be 0 .greedy. or above"),
+        ("rollout.sampling.top_p=1.5", r"rollout.sampling.top_p=1.5: must be in \(0, 1\]"),
+        ("trainer.devices=2", "trainer.devices=2: RL runs on one process for now. Type trainer.devices=1"),
+        ("trainer.devices=[0,1]", r"trainer.devices=\[0, 1\]: RL runs on one process"),
+        ("trainer=ddp_cpu", "trainer.devices=2: RL runs on one process"),
+        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: torch finds no such device here. Type trainer=cpu"),
+        ("trainer.num_nodes=2", "trainer.num_nodes=2: RL runs on one process"),
+        ("sft.trainer.max_steps=0", "trainer.max_steps=0: a supervised stage needs a length.*Type trainer.max_steps="),
+        ("sft.trainer.max_steps=null", "trainer.max_steps=None: a supervised stage needs a length"),
+        # linear and 250 steps long
+        ("sft.optimizer.warmup_steps=250", "warmup_steps=250 leaves no step of the run's 250: type .*warmup_steps=25"),
+        ("optimizer.schedule=lineer", "optimizer.schedule='lineer': did you mean 'linear'"),
+        ("model.heads=0", "model.heads=0: must be at least 1"),
+        ("reward.length.buffer=41", "got max_tokens=40, buffer=41; valid: 0 <= buffer <= max_tokens"),
+        ("reward=[]", "got no reward; valid: at least one, type e.g. 'reward="),
+        ("rollout.shape=null", "rollout.shape=None; valid: a node with a _target_"),
+        ("text.seed=3", "text.seed is set by the run itself; leave it out. Type seed=VALUE"),
+        ("trainer.accumulate_grad_batches=2", "leave it out. Type rollout.shape.micro_batches=VALUE"),
+        ("algorithm={entropy: 0.1}", "unknown key algorithm.entropy: did you mean 'algorithm.entropy_coef'"),
+    ],
+)  # fmt: skip
+def test_refused_before_any_training(override, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=said):
+        check(ROAD, override)
+
+
+def test_the_message_names_the_stage_and_how_to_set_it_there_alone():
+    with pytest.raises(ConfigError) as caught:
+        check(ROAD, "sft.trainer.max_steps=0")
+    assert any("in the stage sft; sft.KEY=VALUE" in note for note in caught.value.__notes__)
+    check(ROAD, "trainer=ddp_cpu", "rl.trainer.devices=1")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [ROAD],
+        [ROAD, "debug=fdr"],
+        [ROAD, "debug=limit"],
+        [ROAD, "trainer.devices=auto"],  # one on most machines: known when the trainer starts
+        ["experiment=arith_gdpo", "algorithm=dr_grpo", "rollout.shape.minibatches=2"],
+        ["stages=[sft]", "trainer.max_steps=5", "rollout.shape.group_size=1", "rollout.sampling.temperature=0"],
+        ["stages=[pretrain]", "trainer.max_steps=5", "trainer.devices=2", "reward=[]"],
+    ],
+)
+def test_what_is_right_or_of_no_concern_to_a_stage_passes(line):
+    check(*line)
+
+
+def test_a_users_own_reward_is_not_built_to_be_checked(tmp_path, monkeypatch):
+    (tmp_path / "costly_pkg").mkdir()
+    (tmp_path / "costly_pkg" / "__init__.py").write_text("class Judge:\n    def __init__(self): raise MemoryError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check("reward=[answer]", "allow_targets=[costly_pkg]", "+reward.judge._target_=costly_pkg.Judge")
+
+
+def test_most_refusals_do_not_wait_for_lightning():
+    """Its import takes seconds; the algorithm and the shape of a round need torch alone."""
+    code = (
+        "import sys; from lit_reason.cli.train import check; from lit_reason.config.compose import compose\n"
+        "from lit_reason.config.stage import without_hydra\n"
+        "try: check(without_hydra(compose('train', ['rollout.shape.group_size=1'])))\n"
+        "except ValueError as error: print('lightning' in sys.modules, error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("False rollout.shape.group_size")
+
+
+def test_rl_from_random_weights_is_warned_of(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(train, "run_stage", lambda *_: tmp_path)
+    for line, warned in (([], True), (["init=arith-1m.sft"], False), (["stages=[sft,rl]"], False)):
+        caplog.clear()
+        train.run(without_hydra(compose("train", line)))
+        messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(messages) == warned
+        assert all(text.startswith("init=null") and "Type init=arith-1m.sft" in text for text in messages)
+        assert all("\n" not in text for text in messages)
