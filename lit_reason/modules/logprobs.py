@@ -39,9 +39,10 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        z_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-        z_MV = z_MV / temperature if temperature != 1 else z_MV
-        z_MV = z_MV - z_MV.amax(1, keepdim=True)
+        z_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32), copy=True)
+        z_MV.sub_(z_MV.amax(1, keepdim=True))
+        if temperature != 1:
+            z_MV.div_(temperature)
         p_MV = z_MV.exp()
         total_M1 = p_MV.sum(1, keepdim=True)
         p_MV, log_total_M1 = p_MV.div_(total_M1), total_M1.log()
@@ -65,4 +66,6 @@ class _ChosenLogprobs(torch.autograd.Function):
                 p_MV.log().add_(entropy_M[:, None]).clamp_min_(torch.finfo(p_MV.dtype).min)
             )  # p = 0: 0 * log 0
             grad_z_MV -= grad_entropy_M[:, None] * p_MV * surprise_MV
-        return (grad_z_MV / ctx.temperature).to(ctx.dtype), None, None
+        if ctx.temperature != 1:
+            grad_z_MV.div_(ctx.temperature)
+        return grad_z_MV.to(ctx.dtype), None, None

@@ -69,14 +69,14 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
         token_B int64, logprob_B float32 (nats).
     """
     if sampling.temperature == 0:
-        logprobs_BV = logits_BV.float().log_softmax(-1)
-        token_B = logprobs_BV.argmax(-1)
+        probs_BV = logits_BV.softmax(-1, dtype=torch.float32)
+        token_B = logits_BV.argmax(-1)
     else:
-        logprobs_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
-        cumulative_BV = _truncate(logprobs_BV.exp(), sampling).double().cumsum(-1)
+        probs_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
+        cumulative_BV = _truncate(probs_BV, sampling).cumsum(-1, dtype=torch.float64)
         threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-    return token_B, logprobs_BV.gather(1, token_B[:, None]).squeeze(1)
+    return token_B, probs_BV.gather(1, token_B[:, None]).squeeze(1).log()
 
 
 def _truncate(probs_BV: Tensor, sampling: Sampling) -> Tensor:
