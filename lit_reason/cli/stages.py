@@ -28,7 +28,7 @@ from lit_reason.config.resolve import to_plain
 from lit_reason.data import PromptCursor, PromptData, Tokenizer
 from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
-from lit_reason.loop import RolloutLoop, Stages
+from lit_reason.loop import RolloutLoop
 from lit_reason.models import Transformer
 from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFTModule
 from lit_reason.report import write_report
@@ -177,13 +177,8 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
             if hasattr(callback, "on_generation_progress"):
                 callback.on_generation_progress(trainer, policy, progress)
 
-    stages = Stages(
-        push=lambda version: engine.push(policy.model, version),
-        generate=lambda prompts, seeds, idx: engine.generate(prompts, sampling, seeds, idx, on_progress),
-        score=rubric.score,
-        advantages=objective.advantages,
-        old_logprobs=policy.old_logprobs if shape.updates > 1 or objective.needs_old else None,
-        ref_logprobs=policy.ref_logprobs if objective.needs_ref or cfg.rollout.log_kl else None,
+    stages = policy.stages(
+        engine, sampling, rubric.score, updates=shape.updates, log_kl=cfg.rollout.log_kl, progress=on_progress
     )
     loop = RolloutLoop(
         PromptCursor(data.train_prompts(), seed=cfg.seed),

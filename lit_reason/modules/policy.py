@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_reason.errors import CheckpointError, ConfigError
-from lit_reason.loop import RolloutLoop, Round
+from lit_reason.loop import RolloutLoop, Round, Stages
 from lit_reason.models import Transformer
 from lit_reason.models.checksum import checksum
 from lit_reason.modules.base import LanguageModule
 from lit_reason.modules.logprobs import token_logprobs
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
-from lit_reason.types import PolicyBatch
+from lit_reason.rollout import Engine, Sampling
+from lit_reason.rollout.engine import OnProgress
+from lit_reason.types import Completion, PolicyBatch, Prompt, Scores
 
 REFERENCE_KEY = "lit_reason/reference"
 ROUND_KEY = "lit_reason/rounds"
@@ -65,6 +68,34 @@ class PolicyModule(LanguageModule):
     @property
     def reference(self) -> Transformer:
         return self._reference[0]
+
+    def stages(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        score: Callable[[Sequence[Prompt], Sequence[Completion]], Scores],
+        *,
+        updates: int = 1,
+        log_kl: bool = False,
+        progress: OnProgress | None = None,
+    ) -> Stages:
+        """What a round of this policy calls.
+
+        Args:
+            engine: generates with this policy's weights, by `sampling`.
+            score: e.g. `Rubric.score`.
+            updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
+            log_kl: log the KL to the reference even if the objective has no term for it.
+            progress: told about twice a second how generation goes on.
+        """
+        return Stages(
+            push=lambda version: engine.push(self.model, version),
+            generate=lambda prompts, seeds, samples: engine.generate(prompts, sampling, seeds, samples, progress),
+            score=score,
+            advantages=self.objective.advantages,
+            old_logprobs=self.old_logprobs if updates > 1 or self.objective.needs_old else None,
+            ref_logprobs=self.ref_logprobs if log_kl or self.objective.needs_ref else None,
+        )
 
     def on_fit_start(self) -> None:
         self.reference.to(self.device)

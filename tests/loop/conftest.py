@@ -1,5 +1,6 @@
 """A loop on stub stages, and a real run: model, engine, objective, Trainer."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,14 +133,8 @@ def real_run(tmp_path):
             record.rewards.append(torch.cat([group.scores.values_BR for group in finished.groups]))
             policy.on_round(finished)
 
-        stages = Stages(
-            push=push,
-            generate=lambda p, seeds, samples: engine.generate(p, sampling, seeds, samples),
-            score=Even(),
-            advantages=policy.objective.advantages,
-            old_logprobs=policy.old_logprobs if shape.updates > 1 else None,
-            ref_logprobs=policy.ref_logprobs if policy.objective.needs_ref else None,
-        )
+        stages = policy.stages(engine, sampling, Even(), updates=shape.updates)
+        stages = replace(stages, push=push)  # the same, watched
         record.loop = RolloutLoop(
             PromptCursor(prompts(7), seed=5), stages, shape, request_seed=request_seed, seed=1, max_completion=10,
             pad_id=ByteTokenizer().pad_id, on_round=on_round,
