@@ -64,6 +64,12 @@ TRL = Side(
     },
 )
 
+# What TRL does when it is told nothing but the work: 8 sequences per backward pass, gradient checkpointing.
+TRL_DEFAULTS = Side(
+    "trl_defaults", TRL.script, TRL.best | {"attention": "sdpa", "micro_batch": 8, "checkpointing": True}, {}
+)
+SIDES = (LIT, TRL, TRL_DEFAULTS)
+
 
 def trl_python(environment: Path) -> Path:
     """The rival's interpreter; makes its environment when it is missing or its pins have changed."""
@@ -122,11 +128,12 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """min / median / max of each measurement over a side's runs, and of the ratios of neighbouring runs."""
     keys = ("tokens_per_s", "step_s", "generate_s", "train_s", "generate_tokens_per_s", "peak_rss_mib")
     out: dict[str, Any] = {side: {k: spread([r[k] for r in rs]) for k in keys} for side, rs in runs.items()}
-    if len(runs) == 2:
-        pairs = list(zip(runs[LIT.name], runs[TRL.name], strict=True))
-        for key in ("tokens_per_s", "generate_tokens_per_s", "peak_rss_mib"):
-            out[f"ratio_{key}"] = spread([ours[key] / theirs[key] for ours, theirs in pairs])
-        out["ratio_train_speed"] = spread([theirs["train_s"] / ours["train_s"] for ours, theirs in pairs])
+    for rival, prefix in ((TRL, "ratio_"), (TRL_DEFAULTS, "ratio_to_defaults_")):
+        if LIT.name in runs and rival.name in runs:
+            pairs = list(zip(runs[LIT.name], runs[rival.name], strict=True))
+            for key in ("tokens_per_s", "generate_tokens_per_s", "peak_rss_mib"):
+                out[prefix + key] = spread([ours[key] / theirs[key] for ours, theirs in pairs])
+            out[prefix + "train_speed"] = spread([theirs["train_s"] / ours["train_s"] for ours, theirs in pairs])
     return out
 
 
@@ -155,13 +162,18 @@ def print_table(record: dict[str, Any]) -> None:
         ("train_s", "  everything else, s", 3),
         ("peak_rss_mib", "peak memory, MiB", 0),
     ]
-    sides = [name for name in (LIT.name, TRL.name) if name in record["summary"]]
+    sides = [side.name for side in SIDES if side.name in record["summary"]]
     print(f"\n{'median (min .. max)':22}" + "".join(f"{name:>30}" for name in sides))
     for key, label, digits in rows:
         cells = (record["summary"][name][key] for name in sides)
         text = (f"{c['median']:,.{digits}f} ({c['min']:,.{digits}f} .. {c['max']:,.{digits}f})" for c in cells)
         print(f"{label:22}" + "".join(f"{cell:>30}" for cell in text))
-    for key, label in (("ratio_tokens_per_s", "tokens/s, ours over TRL's"), ("ratio_peak_rss_mib", "memory, same")):
+    for key, label in (
+        ("ratio_tokens_per_s", "tokens/s, ours over TRL's"),
+        ("ratio_peak_rss_mib", "memory, same"),
+        ("ratio_to_defaults_tokens_per_s", "tokens/s, ours over TRL's with its defaults"),
+        ("ratio_to_defaults_peak_rss_mib", "memory, same"),
+    ):
         if key in record["summary"]:
             r = record["summary"][key]
             print(f"{label}: {r['median']:.2f} ({r['min']:.2f} .. {r['max']:.2f})")
@@ -185,7 +197,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Work]:
 
 def main() -> int:
     args, work = parse()
-    sides = [side for side, key in ((LIT, "lit"), (TRL, "trl")) if args.only in (None, key)]
+    sides = [side for side in SIDES if args.only in (None, "lit" if side is LIT else "trl")]
     pythons = {s.name: Path(sys.executable) if s is LIT else trl_python(args.trl_env) for s in sides}
     settings, trials = {s.name: s.best for s in sides}, {}
     if args.sweep:

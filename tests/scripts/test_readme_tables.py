@@ -56,6 +56,8 @@ def test_speed_table_states_median_and_extremes(tables):
             "trl": side(10_000.0),
             "ratio_tokens_per_s": {"min": 2.5, "median": 3.0, "max": 3.5},
             "ratio_peak_rss_mib": {"min": 0.5, "median": 0.6, "max": 0.7},
+            "ratio_to_defaults_tokens_per_s": {"min": 4.5, "median": 5.0, "max": 5.5},
+            "ratio_to_defaults_peak_rss_mib": {"min": 0.8, "median": 0.9, "max": 1.0},
         },
     }
     table = tables.speed_table(record)
