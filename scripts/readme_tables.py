@@ -41,7 +41,8 @@ def speed_table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"Tokens/s over TRL's: **{spread(summary['ratio_tokens_per_s'], 2)}**; "
-        f"memory over TRL's: {spread(summary['ratio_peak_rss_mib'], 2)}. TRL's settings are the fastest that a sweep found; "
+        f"memory over TRL's: {spread(summary['ratio_peak_rss_mib'], 2)}.",
+        "TRL's settings are the fastest that a sweep found; "
         f"over TRL with its defaults: {spread(summary['ratio_to_defaults_tokens_per_s'], 2)}, "
         f"memory {spread(summary['ratio_to_defaults_peak_rss_mib'], 2)}.",
         f"{record['date'][:10]}, {machine['cpu']}, {work['threads']} threads, TRL {versions['trl']}, "
