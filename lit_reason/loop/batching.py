@@ -51,8 +51,8 @@ def minibatches(groups: int, group_size: int, count: int, seed: int) -> list[lis
 
 
 def split(batch: PolicyBatch, rows: Sequence[int], group_B: Tensor, micro_batches: int) -> list[PolicyBatch]:
-    """The `rows` of one optimizer step as `micro_batches` batches of equal size: groups stay together, because their
-    prompt is computed once per micro-batch, and groups of similar length are neighbours.
+    """The `rows` of one optimizer step as `micro_batches` batches of equal size. Groups stay together as far as that
+    size allows, because their prompt is computed once per micro-batch; groups of similar length are neighbours.
 
     Every micro-batch carries the step's totals, so the loss shares add up to the loss of the whole step.
     """

@@ -124,7 +124,10 @@ class RolloutLoop:
         self.request_seed, self.seed = request_seed, seed
         self.max_completion, self.pad_id, self.on_round = max_completion, pad_id, on_round
         if stages.old_logprobs is None and shape.updates > 1:
-            raise ConfigError(f"{shape.updates} updates per round need Stages.old_logprobs, got None")
+            raise ConfigError(
+                f"{shape.updates} updates per round need Stages.old_logprobs, got None: "
+                "type policy.stages(..., updates=shape.updates)"
+            )
         self._round = 0
         self._buffer: list[PolicyBatch] = []
         self._training_since: float | None = None

@@ -18,22 +18,20 @@ _SHORT = 512  # up to here the CPU's fused kernel is several times slower than t
 
 def causal(q_BTHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor, scale: float) -> Tensor:
     """Every token sees itself and those before it; padding on the right is harmless."""
-    return attend(q_BTHd, k_BTHd, v_BTHd, scale, causal_bias(q_BTHd.shape[1], q_BTHd))
+    return attend(q_BTHd, k_BTHd, v_BTHd, scale)
 
 
-def causal_bias(T: int, like: Tensor) -> Tensor:
-    """(T, T): 0 where a query may look, -inf in its future."""
-    return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
-
-
-def attend(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, scale: float, bias: Tensor) -> Tensor:
+def attend(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T + bias) v, (B, T, H, d of v).
 
     Args:
-        bias: broadcastable to (B, H, T, S), in q's dtype; -inf hides a key. No query may have all keys hidden.
+        bias: broadcastable to (B, H, T, S), in q's dtype; -inf hides a key, and no query may have all keys hidden.
+            None is causal attention, S = T.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BSHd, v_BSHd))
     if q.device.type == "cpu" and k.shape[-2] <= _SHORT:
+        if bias is None:
+            bias = torch.full((q.shape[-2], k.shape[-2]), float("-inf"), dtype=q.dtype).triu(1)
         scores = ((q * scale) @ k.transpose(-1, -2)).add_(bias)
         return (scores.softmax(-1) @ v).transpose(1, 2)
     # Fused kernels want equal head dims, and else store the (B, H, T, S) scores.
@@ -42,4 +40,5 @@ def attend(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, scale: float, bias: T
         v = F.pad(v, (0, q.shape[-1] - size))
     elif size > q.shape[-1]:
         q, k = F.pad(q, (0, size - q.shape[-1])), F.pad(k, (0, size - k.shape[-1]))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[..., :size].transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+    return out[..., :size].transpose(1, 2)

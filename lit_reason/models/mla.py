@@ -40,17 +40,17 @@ class MLA(nn.Module):
         self.kv_b = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(self.heads * self.value, width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, attend: Attend, cache_BSC: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, attend: Attend, cache_BSC: Tensor | None = None) -> Tensor:
         """Attention among the tokens of a batch.
 
         Args:
             x: (B, T, D), or (N, D) packed.
-            turn: rotations of the tokens' positions, broadcastable to (*tokens, R/2).
+            rotation: rotations of the tokens' positions, broadcastable to (*tokens, R/2).
             attend: which token sees which (`attention.causal`, `Packed.attend`).
             cache_BSC: the latents of positions 0..T-1 are written into it when it is given.
         """
-        q_nope, q_rope = self._queries(x, turn)
-        latent, key_rope = self._latents(x, turn)
+        q_nope, q_rope = self._queries(x, rotation)
+        latent, key_rope = self._latents(x, rotation)
         if cache_BSC is not None:
             cache_BSC[:, : x.shape[1]] = torch.cat((latent, key_rope), dim=-1)
         k_nope, v = self.kv_b(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
@@ -58,17 +58,17 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, key_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         return self.out(attend(q, k, v, self.scale).flatten(-2))
 
-    def decode(self, x_BD: Tensor, turn_BR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
+    def decode(self, x_BD: Tensor, rotation_BR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
         """One token per row, absorbed: scores and outputs live in the latent space.
 
         Args:
             x_BD: the block's normalised input for the newest token of each row.
-            turn_BR: the rotation of each row's position, (B, R/2).
+            rotation_BR: the rotation of each row's position, (B, R/2).
             cache_BSC: this layer's latents; the new one is written at `at.position_B`.
             at: where each row stands.
         """
-        q_nope_BHN, q_rope_BHR = self._queries(x_BD, turn_BR)
-        latent_BC, key_rope_BR = self._latents(x_BD, turn_BR)
+        q_nope_BHN, q_rope_BHR = self._queries(x_BD, rotation_BR)
+        latent_BC, key_rope_BR = self._latents(x_BD, rotation_BR)
         cache_BSC[at.row_B, at.position_B] = torch.cat((latent_BC, key_rope_BR), dim=-1).to(cache_BSC.dtype)
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
         q_latent_HBC = torch.bmm(q_nope_BHN.transpose(0, 1), k_HNC)
@@ -79,14 +79,14 @@ class MLA(nn.Module):
         out_HBV = torch.bmm(out_BHC.transpose(0, 1), v_HVC.transpose(1, 2))
         return self.out(out_HBV.transpose(0, 1).flatten(1))
 
-    def _queries(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         q = self.q(x).unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
-        return q_nope, apply_rope(q_rope, turn.unsqueeze(-2))
+        return q_nope, apply_rope(q_rope, rotation.unsqueeze(-2))
 
-    def _latents(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    def _latents(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         latent, key_rope = self.kv_a(x).split((self.latent, self.rope), dim=-1)
-        return self.kv_norm(latent), apply_rope(key_rope, turn)
+        return self.kv_norm(latent), apply_rope(key_rope, rotation)
 
 
 class Cursor:

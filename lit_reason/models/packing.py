@@ -7,7 +7,7 @@
 The G completions of a prompt compute it once instead of G times, and everything but attention runs on (N, D).
 Attention unpacks: a prefix sees itself, a row's own tokens see its prefix and themselves.
 
-Shapes: B rows, T positions of the batch, P distinct prefixes, L and C the longest prefix and the longest rest."""
+Shapes: B rows, T positions of the batch, P distinct prefixes, L the longest prefix, A the longest rest after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_reason.models.attention import attend, causal_bias
+from lit_reason.models.attention import Attend, attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +26,37 @@ class Packed:
     Args:
         ids_N, position_N: int64.
         state_M: for every target that counts, in the batch's row-major order, the token that predicts it (0..N-1).
-        prefix_PL, own_BC: where the tokens lie in the row of N; 0 for padding.
+        prefix_PL, own_BA: where the tokens lie in the row of N; 0 for padding.
         prefix_tokens, own_tokens: the flat indices of what is not padding, in the order of the row of N.
-        keys_BS: the keys of `own_BC`: its prefix (S = L + C), then itself.
-        hidden_BCS: bool, keys that a query may not see.
+        keys_BS: the keys of `own_BA`: its prefix (S = L + A), then itself.
+        hidden_BAS: bool, keys that a query may not see.
     """
 
     ids_N: Tensor
     position_N: Tensor
     state_M: Tensor
     prefix_PL: Tensor
-    own_BC: Tensor
+    own_BA: Tensor
     prefix_tokens: Tensor
     own_tokens: Tensor
     keys_BS: Tensor
-    hidden_BCS: Tensor
+    hidden_BAS: Tensor
 
-    def attend(self, q_NHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, scale: float) -> Tensor:
-        """Attention of packed tokens, (N, H, d of v)."""
-        q, k, v = (_take(x, self.prefix_PL) for x in (q_NHd, k_NHd, v_NHd))
-        prefix = attend(q, k, v, scale, causal_bias(q.shape[1], q)).flatten(0, 1).index_select(0, self.prefix_tokens)
-        if not self.own_tokens.numel():
-            return prefix
-        q, k, v = _take(q_NHd, self.own_BC), _take(k_NHd, self.keys_BS), _take(v_NHd, self.keys_BS)
-        bias = torch.zeros(self.hidden_BCS.shape, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill_(self.hidden_BCS, float("-inf"))[:, None]
-        own = attend(q, k, v, scale, bias).flatten(0, 1).index_select(0, self.own_tokens)
-        return torch.cat((prefix, own))
+    def attention(self, dtype: torch.dtype) -> Attend:
+        """Attention of packed tokens with scores in `dtype`; every layer shares its mask."""
+        bias = torch.zeros(self.hidden_BAS.shape, dtype=dtype, device=self.ids_N.device)
+        bias = bias.masked_fill_(self.hidden_BAS, float("-inf"))[:, None]
+
+        def attend_packed(q_NHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, scale: float) -> Tensor:
+            q, k, v = (_take(x, self.prefix_PL) for x in (q_NHd, k_NHd, v_NHd))
+            prefix = attend(q, k, v, scale).flatten(0, 1).index_select(0, self.prefix_tokens)
+            if not self.own_tokens.numel():
+                return prefix
+            q, k, v = _take(q_NHd, self.own_BA), _take(k_NHd, self.keys_BS), _take(v_NHd, self.keys_BS)
+            own = attend(q, k, v, scale, bias).flatten(0, 1).index_select(0, self.own_tokens)
+            return torch.cat((prefix, own))
+
+        return attend_packed
 
 
 def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
@@ -62,12 +66,12 @@ def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
         counts_BT: bool, targets (the token after each input) that count; rows without any are left out.
     """
     kept = counts_BT.any(1)
-    kept[0] |= ~kept.any()  # nothing counts: one row all the same, so that there is a graph with gradients of 0
+    kept[0] |= ~kept.any()  # nothing counts: one token all the same, so that there is a graph with gradients of 0
     ids_BT, counts_BT = input_ids_BT[kept], counts_BT[kept]
     B, T = ids_BT.shape
     position_T = torch.arange(T, device=ids_BT.device)
     prefix_B = counts_BT.int().argmax(1) + 1  # the inputs that predict the first target or stand before it
-    end_B = T - counts_BT.flip(1).int().argmax(1)
+    end_B = torch.where(counts_BT.any(1), T - counts_BT.flip(1).int().argmax(1), prefix_B)
 
     in_prefix_BT = position_T < prefix_B[:, None]
     prefixes_PL, prefix_of_B = ids_BT.masked_fill(~in_prefix_BT, -1).unique(dim=0, return_inverse=True)
@@ -75,30 +79,30 @@ def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
     real_PL = prefixes_PL >= 0
     prefix_tokens = real_PL.flatten().nonzero().squeeze(1)
 
-    position_BC = prefix_B[:, None] + position_T[: int((end_B - prefix_B).max())]
-    real_BC = position_BC < end_B[:, None]
-    own_tokens = real_BC.flatten().nonzero().squeeze(1)
+    position_BA = prefix_B[:, None] + position_T[: int((end_B - prefix_B).max())]
+    real_BA = position_BA < end_B[:, None]
+    own_tokens = real_BA.flatten().nonzero().squeeze(1)
 
     prefix_PL = _places(real_PL)
-    own_BC = _places(real_BC) + prefix_tokens.numel() * real_BC
+    own_BA = _places(real_BA) + prefix_tokens.numel() * real_BA
     # The state before a row's first target is the prefix's last; the others are its own.
     last_B = prefix_PL.gather(1, real_PL.sum(1, keepdim=True) - 1).squeeze(1)[prefix_of_B]
     row_M, target_M = counts_BT.nonzero(as_tuple=True)
-    state_M = torch.cat((last_B[:, None], own_BC), dim=1)[row_M, target_M - prefix_B[row_M] + 1]
+    state_M = torch.cat((last_B[:, None], own_BA), dim=1)[row_M, target_M - prefix_B[row_M] + 1]
 
-    C, L = own_BC.shape[1], prefix_PL.shape[1]
+    A, L = own_BA.shape[1], prefix_PL.shape[1]
     hidden_BL = position_T[:L] >= prefix_B[:, None]
-    future_CC = torch.ones(C, C, dtype=torch.bool, device=ids_BT.device).triu(1)
+    future_AA = torch.ones(A, A, dtype=torch.bool, device=ids_BT.device).triu(1)
     return Packed(
-        ids_N=torch.cat((prefixes_PL[real_PL], ids_BT.gather(1, position_BC.clamp_max(T - 1))[real_BC])),
-        position_N=torch.cat((position_T[:L].expand_as(real_PL)[real_PL], position_BC[real_BC])),
+        ids_N=torch.cat((prefixes_PL[real_PL], ids_BT.gather(1, position_BA.clamp_max(T - 1))[real_BA])),
+        position_N=torch.cat((position_T[:L].expand_as(real_PL)[real_PL], position_BA[real_BA])),
         state_M=state_M,
         prefix_PL=prefix_PL,
-        own_BC=own_BC,
+        own_BA=own_BA,
         prefix_tokens=prefix_tokens,
         own_tokens=own_tokens,
-        keys_BS=torch.cat((prefix_PL[prefix_of_B], own_BC), dim=1),
-        hidden_BCS=torch.cat((hidden_BL[:, None].expand(B, C, L), future_CC.expand(B, C, C)), dim=2),
+        keys_BS=torch.cat((prefix_PL[prefix_of_B], own_BA), dim=1),
+        hidden_BAS=torch.cat((hidden_BL[:, None].expand(B, A, L), future_AA.expand(B, A, A)), dim=2),
     )
 
 

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lit_reason.models.config import ModelConfig, Yarn
 
+_TABLES: dict[tuple[ModelConfig, torch.device], Tensor] = {}
 
-@lru_cache(maxsize=8)
+
 def rope_table(config: ModelConfig, device: torch.device) -> Tensor:
     """e^(i angle), (max_seq_len, R/2) complex64, of the angle position * inv_freq (RoFormer, 2104.09864).
 
-    A function, not a buffer: `.to(bfloat16)` would round the angles, and complex buffers do not survive it at all.
+    Kept per config and device outside the module: as a buffer, `.to(bfloat16)` would round the angles.
     """
+    if (config, device) not in _TABLES:
+        with torch.inference_mode(False):  # a table first used in generation serves training, too
+            table = _rope_table(config).to(device)
+        if type(table) is not Tensor:  # a tracer's stand-in must not stay
+            return table
+        _TABLES[config, device] = table
+    return _TABLES[config, device]
+
+
+def _rope_table(config: ModelConfig) -> Tensor:
     half = config.qk_rope_head_dim // 2
+    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
     gain = 1.0
-    with torch.inference_mode(False):  # a table first used in generation serves training, too
-        inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
-        if config.yarn is not None:
-            inv_freq = _yarn_inv_freq(inv_freq, config.rope_theta, config.yarn)
-            gain = _mscale(config.yarn, config.yarn.mscale) / _mscale(config.yarn, config.yarn.mscale_all_dim)
-        angle_TR = torch.arange(config.max_seq_len, dtype=torch.float64, device="cpu")[:, None] * inv_freq
-        return torch.polar(torch.full_like(angle_TR, gain), angle_TR).to(torch.complex64).to(device)
+    if config.yarn is not None:
+        inv_freq = _yarn_inv_freq(inv_freq, config.rope_theta, config.yarn)
+        gain = _mscale(config.yarn, config.yarn.mscale) / _mscale(config.yarn, config.yarn.mscale_all_dim)
+    angle_TR = torch.arange(config.max_seq_len, dtype=torch.float64, device="cpu")[:, None] * inv_freq
+    return torch.polar(torch.full_like(angle_TR, gain), angle_TR).to(torch.complex64)
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -36,16 +45,16 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotates the interleaved pairs (x0, x1), (x2, x3), ... as complex numbers, in float32 at least.
 
     Args:
         x: (..., R).
-        turn: rows of `rope_table`, broadcastable to (..., R/2).
+        rotation: rows of `rope_table`, broadcastable to (..., R/2).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def _mscale(yarn: Yarn, coefficient: float) -> float:

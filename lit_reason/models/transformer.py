@@ -11,7 +11,7 @@ from lit_reason.errors import ConfigError
 from lit_reason.models.attention import Attend, causal
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
-from lit_reason.models.layers import RMSNorm, SwiGLU
+from lit_reason.models.layers import RMSNorm, SwiGLU, compute_dtype
 from lit_reason.models.mla import MLA, Cursor
 from lit_reason.models.moe import MoE, Router
 from lit_reason.models.packing import Packed
@@ -30,13 +30,13 @@ class Block(nn.Module):
         self.scale = config.residual_scale
 
     def forward(
-        self, x: Tensor, turn: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
+        self, x: Tensor, rotation: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x = torch.add(x, self.attn(self.attn_norm(x), turn, attend, cache), alpha=self.scale)
+        x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
         return self._feed_forward(x, valid)
 
-    def decode(self, x: Tensor, turn: Tensor, cache: Tensor, at: Cursor) -> Tensor:
-        x = torch.add(x, self.attn.decode(self.attn_norm(x), turn, cache, at), alpha=self.scale)
+    def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
+        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
         return self._feed_forward(x, None)[0]
 
     def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -97,24 +97,31 @@ class Transformer(nn.Module):
             cache: filled with the latents of these positions.
         """
         T = input_ids_BT.shape[1]
+        self._check_length(T)
+        rotation = rope_table(self.config, input_ids_BT.device)[:T]
+        x = self.embed(input_ids_BT)
+        balance = x.new_zeros((), dtype=torch.float32)
+        for i, block in enumerate(self.blocks):
+            x, loss = block(x, rotation, causal, None if cache is None else cache.layers[i], valid_BT)
+            balance = balance if loss is None else balance + loss
+        return Hidden(self.norm(x), balance)
+
+    def packed(self, batch: Packed) -> Tensor:
+        """Everything but the head on packed tokens: states_ND. There is no balance loss, which is per sequence; the
+        router counts a shared prompt once, as it is computed."""
+        self._check_length(int(batch.position_N.max()) + 1)
+        rotation = rope_table(self.config, batch.ids_N.device)[batch.position_N]
+        x = self.embed(batch.ids_N)
+        attend = batch.attention(compute_dtype(x))
+        for block in self.blocks:
+            x, _ = block(x, rotation, attend)
+        return self.norm(x)
+
+    def _check_length(self, T: int) -> None:
         if self.config.max_seq_len < T:
             raise ConfigError(
                 f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)"
             )
-        turn = rope_table(self.config, input_ids_BT.device)[:T]
-        x, losses = self.embed(input_ids_BT), []
-        for i, block in enumerate(self.blocks):
-            x, loss = block(x, turn, causal, None if cache is None else cache.layers[i], valid_BT)
-            losses += [] if loss is None else [loss]
-        return Hidden(self.norm(x), sum(losses, x.new_zeros((), dtype=torch.float32)))
-
-    def packed(self, batch: Packed) -> Tensor:
-        """Everything but the head on packed tokens: states_ND. There is no balance loss, which is per sequence."""
-        turn = rope_table(self.config, batch.ids_N.device)[batch.position_N]
-        x = self.embed(batch.ids_N)
-        for block in self.blocks:
-            x, _ = block(x, turn, batch.attend)
-        return self.norm(x)
 
     def prefill(self, input_ids_BT: Tensor, length_B: Tensor, cache: LatentCache) -> Tensor:
         """Reads right-padded prompts of `length_B` tokens into the cache; logits_BV of each row's last token."""
@@ -125,10 +132,10 @@ class Transformer(nn.Module):
         """One token per row at `position_B`; logits_BV of the next."""
         at = Cursor(position_B, cache)
         x = self.embed(token_B)
-        turn_BR = rope_table(self.config, token_B.device)[position_B]
+        rotation_BR = rope_table(self.config, token_B.device)[position_B]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert isinstance(block, Block)
-            x = block.decode(x, turn_BR, layer, at)
+            x = block.decode(x, rotation_BR, layer, at)
         return self.head(self.norm(x))
 
     def new_cache(self, rows: int, capacity: int) -> LatentCache:

@@ -47,7 +47,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         total_M1 = p_MV.sum(1, keepdim=True)
         p_MV, log_total_M1 = p_MV.div_(total_M1), total_M1.log()
         logprob_M = (z_MV.gather(1, target_M[:, None]) - log_total_M1).squeeze(1)
-        entropy_M = log_total_M1.squeeze(1) - torch.linalg.vecdot(p_MV, z_MV)
+        entropy_M = log_total_M1.squeeze(1) - (p_MV * z_MV).sum(1)  # a dot product would run in autocast's bfloat16
         ctx.save_for_backward(p_MV, target_M, entropy_M)
         ctx.temperature, ctx.dtype = temperature, logits_MV.dtype
         ctx.set_materialize_grads(False)
@@ -62,9 +62,8 @@ class _ChosenLogprobs(torch.autograd.Function):
         grad_z_MV = p_MV * -grad_logprob_M[:, None]
         grad_z_MV.scatter_add_(1, target_M[:, None], grad_logprob_M[:, None])
         if grad_entropy_M is not None:
-            surprise_MV = (
-                p_MV.log().add_(entropy_M[:, None]).clamp_min_(torch.finfo(p_MV.dtype).min)
-            )  # p = 0: 0 * log 0
+            # Where p underflowed to 0, log p is -inf and the product NaN; its limit is 0.
+            surprise_MV = p_MV.log().add_(entropy_M[:, None]).clamp_min_(torch.finfo(p_MV.dtype).min)
             grad_z_MV -= grad_entropy_M[:, None] * p_MV * surprise_MV
         if ctx.temperature != 1:
             grad_z_MV.div_(ctx.temperature)

@@ -87,7 +87,15 @@ class PolicyModule(LanguageModule):
             updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
             log_kl: log the KL to the reference even if the objective has no term for it.
             progress: told about twice a second how generation goes on.
+
+        Raises:
+            ConfigError: the engine would sample at another temperature than the log-probs are taken at.
         """
+        if sampling.temperature != self.temperature:
+            raise ConfigError(
+                f"sampling.temperature={sampling.temperature}, but the policy's log-probs are at "
+                f"temperature={self.temperature}: give both the same"
+            )
         return Stages(
             push=lambda version: engine.push(self.model, version),
             generate=lambda prompts, seeds, samples: engine.generate(prompts, sampling, seeds, samples, progress),

@@ -76,6 +76,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
         cumulative_BV = _truncate(probs_BV, sampling).cumsum(-1, dtype=torch.float64)
         threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
+        token_B = token_B.clamp_max(logits_BV.shape[1] - 1)  # NaN logits: their log-prob will say so
     return token_B, probs_BV.gather(1, token_B[:, None]).squeeze(1).log()
 
 

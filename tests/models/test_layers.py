@@ -45,3 +45,10 @@ def test_autocast_gives_its_own_dtype_with_and_without_gradients():
         with torch.no_grad():
             seen = module(x)
     assert trained.dtype == seen.dtype == torch.bfloat16 and torch.equal(trained, seen)
+
+
+def test_a_gradient_with_permuted_strides():
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    module = RMSNorm(6, eps=1e-6)
+    (module(x).transpose(0, 1) * torch.ones(3, 2, 6)).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -74,10 +74,10 @@ def test_the_residual_scale_is_applied_to_both_branches():
     deep = Transformer(ModelConfig(width=32, depth=2, heads=2, base=Base(width=32, depth=1))).eval()
     block, x = deep.blocks[1], torch.randn(1, 6, 32)
     with torch.no_grad():
-        turn = rope_table(deep.config, x.device)[:6]
-        middle = x + 0.5 * block.attn(block.attn_norm(x), turn, causal)
+        rotation = rope_table(deep.config, x.device)[:6]
+        middle = x + 0.5 * block.attn(block.attn_norm(x), rotation, causal)
         expected = middle + 0.5 * block.ffn(block.ffn_norm(middle))[0]
-        torch.testing.assert_close(block(x, turn, causal)[0], expected)
+        torch.testing.assert_close(block(x, rotation, causal)[0], expected)
 
 
 def change_of_hidden_states(width: int, mup: bool) -> float:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_reason.errors import ConfigError
 from lit_reason.models import Transformer
 from lit_reason.models.packing import pack
 
@@ -80,6 +81,12 @@ def test_rows_without_a_target_are_left_out_and_a_batch_of_them_still_has_a_grap
     assert torch.equal(pack(ids_BT, without).ids_N, pack(ids_BT[1:], counts_BT[1:]).ids_N)
     model = Transformer(tiny()).train()
     empty = pack(ids_BT, torch.zeros_like(counts_BT))
-    assert empty.state_M.numel() == 0
+    assert empty.state_M.numel() == 0 and empty.ids_N.tolist() == [5]
     model.packed(empty).index_select(0, empty.state_M).sum().backward()
     assert not model.embed.weight.grad.any()
+
+
+def test_a_batch_longer_than_the_context_is_refused(tiny):
+    ids_BT, counts_BT = batch(ROWS)
+    with pytest.raises(ConfigError, match="10 tokens; the model takes 9"):
+        Transformer(tiny(max_seq_len=9)).packed(pack(ids_BT, counts_BT))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_reason.models import Yarn
 from lit_reason.models.rope import apply_rope, rope_table, softmax_scale
@@ -83,3 +84,10 @@ def test_a_table_first_used_in_generation_serves_training(tiny):
     x = torch.randn(4, requires_grad=True)
     rotated(config, x, 1).sum().backward()
     assert x.grad is not None
+
+
+def test_a_tracers_stand_in_does_not_stay(tiny):
+    config = tiny(rope_theta=124.0)
+    with FakeTensorMode():
+        table(config)
+    assert type(table(config)) is torch.Tensor

@@ -36,10 +36,11 @@ def test_probabilities_that_underflow_give_no_nan():
     assert logits.grad.tolist() == [[1.0, 0.0, -1.0]]
 
 
-def test_bfloat16_logits_are_taken_in_float32():
+def test_bfloat16_logits_are_taken_in_float32_under_autocast_too():
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     target = torch.tensor([0, 1, 4])
-    logprob, entropy = chosen_logprobs(logits, target, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprob, entropy = chosen_logprobs(logits, target, 1.0)
     assert logprob.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close((logprob, entropy), reference(logits.float(), target, 1.0))
     logprob.sum().backward()

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_reason.data import PromptCursor
+from lit_reason.data import ByteTokenizer, PromptCursor
 from lit_reason.errors import CheckpointError, ConfigError, NonFiniteError
 from lit_reason.loop import RolloutLoop, RoundShape, Stages
 from lit_reason.models.checksum import checksum
 from lit_reason.modules import token_logprobs
 from lit_reason.modules.policy import REFERENCE_KEY
+from lit_reason.rollout import BuiltinEngine, Sampling
 from lit_reason.types import Prompt
 
 NAMES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "algorithm").glob("*.yaml"))
@@ -149,3 +150,9 @@ def test_accumulation_other_than_the_loops_is_refused(make_policy, fit):
     )
     with pytest.raises(ConfigError, match=r"accumulate_grad_batches=4 .* 2 micro-batches"):
         fit(make_policy(), loop, accumulate=4)
+
+
+def test_sampling_at_another_temperature_than_the_log_probs_is_refused(make_policy):
+    policy = make_policy(temperature=0.7)
+    with pytest.raises(ConfigError, match=r"sampling.temperature=0.9.*temperature=0.7"):
+        policy.stages(BuiltinEngine(ByteTokenizer()), Sampling(temperature=0.9), lambda p, c: None)

@@ -105,3 +105,8 @@ def test_wrong_settings(values, valid):
     with pytest.raises(ConfigError) as caught:
         Sampling(**values)
     assert f"rollout.sampling.{next(iter(values))}=" in str(caught.value) and valid in str(caught.value)
+
+
+def test_nan_logits_give_a_nan_log_prob_and_a_token_that_exists():
+    token, logprob = draw(torch.full((1, 5), float("nan")), Sampling(), torch.tensor([0.5], dtype=torch.float64))
+    assert 0 <= token.item() < 5 and torch.isnan(logprob).all()
