@@ -145,7 +145,7 @@ METRICS: tuple[Metric, ...] = (
         "speed/train_tokens_per_s",
         "tokens trained per second",
         "constant",
-        "falls: longer completions, or a busy machine",
+        "falls: a busy machine",
     ),
     Metric("speed/sync_s", "seconds to push the weights to the engine", "well below a step", "use a nearer engine"),
     Metric("lr/<role>", "learning rate of one parameter role", "as scheduled", "0 too early: check max_steps"),
