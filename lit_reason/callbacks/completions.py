@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_reason.checkpoint.atomic import recording
 from lit_reason.errors import RolloutError
 from lit_reason.report.records import set_aside, write_rows
 from lit_reason.types import RewardState, RolloutGroup
@@ -71,7 +73,9 @@ class CompletionsTable(Callback):
         self._rows = self._rows + rows if step == self._step else rows
         self._step = step
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        write_rows(self.folder(trainer) / f"step-{step:08d}{rank}.jsonl", self._rows)
+        path = self.folder(trainer) / f"step-{step:08d}{rank}.jsonl"
+        with recording(path):
+            write_rows(path, self._rows)
 
     @staticmethod
     def _drop_from(folder: Path, step: int) -> None:
@@ -80,7 +84,8 @@ class CompletionsTable(Callback):
                 log.warning("this run starts at step 0: the completions of a former run were moved to %s", old)
             return
         for path in folder.glob("step-*.jsonl"):
-            if int(path.name.split(".")[0].removeprefix("step-")) >= step:
+            mine = re.fullmatch(r"step-(\d+)(\.rank\d+)?\.jsonl", path.name)
+            if mine and int(mine[1]) >= step:
                 path.unlink()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -13,8 +16,9 @@ from lit_reason.errors import NonFiniteError
 class NonFiniteGuard(Callback):
     """Raises `NonFiniteError` on a NaN or infinite loss or gradient, before the optimizer step.
 
-    The weights and every checkpoint therefore stay finite: resume from the last checkpoint. With fp16 loss scaling
-    infinite gradients are normal, the scaler skips such a step: only the loss is checked there.
+    A step can overflow by itself (a huge learning rate), so weights are checked once more before they are saved: no
+    checkpoint holds a NaN. With fp16 loss scaling infinite gradients are normal, the scaler skips such a step: only
+    the loss is checked there.
 
     Args:
         names: how many bad parameters the message names.
@@ -44,16 +48,27 @@ class NonFiniteGuard(Callback):
         if trainer.scaler is not None:
             return
         grads = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
-        if not grads:
-            return
+        if bad := self._not_finite(grads):
+            raise NonFiniteError(
+                f"the gradient is not finite at step {trainer.global_step} in {bad}; nothing was updated. Lower the "
+                "learning rate or set trainer.gradient_clip_val=1.0, and start again"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if bad := self._not_finite(list(pl_module.named_parameters())):
+            raise NonFiniteError(
+                f"the weights are not finite after step {trainer.global_step} in {bad}; they were not saved, earlier "
+                "checkpoints are untouched. Lower the learning rate and start again"
+            )
+
+    def _not_finite(self, tensors: Sequence[tuple[str, Tensor]]) -> str:
+        """`"3 of 40 parameters: a, b, c"`, or `""` when all are finite."""
+        if not tensors:
+            return ""
         # one device synchronisation for all parameters
-        finite = torch.stack([grad.isfinite().all().to(pl_module.device) for _, grad in grads])
+        finite = torch.stack([value.detach().isfinite().all().to(tensors[0][1].device) for _, value in tensors])
         if finite.all():
-            return
-        bad = [name for (name, _), ok in zip(grads, finite.tolist(), strict=True) if not ok]
+            return ""
+        bad = [name for (name, _), ok in zip(tensors, finite.tolist(), strict=True) if not ok]
         more = f" and {len(bad) - self.names} more" if len(bad) > self.names else ""
-        raise NonFiniteError(
-            f"the gradient is not finite at step {trainer.global_step} in {len(bad)} of {len(grads)} parameters: "
-            f"{', '.join(bad[: self.names])}{more}; nothing was updated. Lower the learning rate or set "
-            "trainer.gradient_clip_val=1.0, then resume from the last checkpoint"
-        )
+        return f"{len(bad)} of {len(tensors)} parameters: {', '.join(bad[: self.names])}{more}"

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_reason.checkpoint.atomic import recording
 from lit_reason.report import panel, write_report
 from lit_reason.report.records import STEPS, append_row, begin_file, finite, read_rows
 from lit_reason.types import RolloutGroup
@@ -64,8 +65,10 @@ class Report(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step
+        path = self.folder(trainer) / STEPS
         if trainer.is_global_zero:
-            begin_file(self.folder(trainer) / STEPS, trainer.global_step)
+            with recording(path):
+                begin_file(path, trainer.global_step)
 
     def on_rollout(
         self,
@@ -84,7 +87,9 @@ class Report(Callback):
             return
         self._done = trainer.global_step
         scalars = {k: v for k, v in trainer.callback_metrics.items() if not isinstance(v, Tensor) or v.numel() == 1}
-        append_row(self.folder(trainer) / STEPS, {"step": self._done - 1, **finite(scalars), **self._errors})
+        path = self.folder(trainer) / STEPS
+        with recording(path):
+            append_row(path, {"step": self._done - 1, **finite(scalars), **self._errors})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, pl_module, "Training finished")
@@ -96,13 +101,13 @@ class Report(Callback):
         folder = self.folder(trainer)
         if not trainer.is_global_zero or not (folder / STEPS).exists():
             return
-        records = read_rows(folder / STEPS)
-        if not records:
-            return
         try:
+            records = read_rows(folder / STEPS)
+            if not records:
+                return
             files = write_report(folder, records=records, config=plain(pl_module.hparams), title=self.title)
-        except OSError as error:
-            # a full disk must not turn a finished training, or the error that ended it, into another error
+        except (OSError, ValueError) as error:
+            # a full disk or a damaged record must not turn the error that ended the training into another one
             log.warning("no report: %s", error)
             return
         if self.show:

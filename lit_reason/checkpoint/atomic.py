@@ -17,27 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lit_reason.errors import LitReasonError
+
 OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class HashingWriter:
-    """A write-only file that keeps the sha256 and the size of what passes, and the OSError that stopped it.
-
-    `torch.save` turns an OSError into a RuntimeError about positions in a zip file; `error` is the real one.
-    """
+    """A write-only file that keeps the sha256 and the size of what passes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha = hashlib.sha256()
         self.size = 0
-        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        self._file.write(data)
         self._sha.update(data)
         self.size += memoryview(data).nbytes
         return memoryview(data).nbytes
@@ -72,15 +66,21 @@ def temporary_file(path: Path, write: Callable[[HashingWriter], object]) -> Iter
             writer = HashingWriter(file)
             try:
                 write(writer)
-            except RuntimeError:
-                if writer.error is not None:
-                    raise writer.error from None
-                raise
+            except RuntimeError as error:
+                raise _hidden(error) from None
             file.flush()
             os.fsync(file.fileno())
         yield temporary, writer
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _hidden(error: BaseException) -> BaseException:
+    """The full disk or the Ctrl-C that `torch.save` turned into a RuntimeError about places in a zip file, if any."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+        cause = cause.__context__
+    return cause or error
 
 
 def replace_file(temporary: Path, path: Path) -> None:
@@ -106,6 +106,18 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, to_json(value))
 
 
+@contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Says of a record that cannot be written what is lost (nothing but the steps since the last checkpoint)."""
+    try:
+        yield
+    except OSError as error:
+        raise LitReasonError(
+            f"{path} could not be written: {error.strerror}, {free_space(path)} free. Checkpoints are untouched: mend "
+            "that, and run the same command again with resume=auto"
+        ) from error
+
+
 def sha256_file(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     with open(path, "rb") as file:
@@ -121,6 +133,7 @@ def human(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def free_space(directory: Path) -> str:
-    """Free space of the file system that holds `directory`, in words."""
-    return human(shutil.disk_usage(directory).free)
+def free_space(path: Path) -> str:
+    """Free space of the file system that holds `path`, which need not exist yet, in words."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return human(shutil.disk_usage(existing).free)

@@ -7,6 +7,7 @@ manifest (see manifest.py) says which one.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from lit_reason.checkpoint.atomic import OUT_OF_SPACE, free_space, replace_file,
 from lit_reason.checkpoint.manifest import Record, manifest_path, read_manifest, verify, write_manifest
 from lit_reason.checkpoint.plain import plain_checkpoint
 from lit_reason.errors import CheckpointError
+
+FROM_LIGHTNING = {"state_dict", "global_step", "pytorch-lightning_version"}
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -84,15 +87,21 @@ class SafeCheckpointIO(CheckpointIO):
         target = path.resolve()
         hint = "Type resume=auto to continue from the newest checkpoint that is whole"
         try:
-            verify(target)
+            record = verify(target)
         except CheckpointError as error:
             raise CheckpointError(f"{error}. {hint}") from error
         try:
-            return torch.load(target, map_location=map_location, weights_only=True)
+            loaded = torch.load(target, map_location=map_location, weights_only=True)
         # torch and its unpickler raise many unrelated types for a broken file; none of them names the file.
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {reason}. {hint}") from error
+        if record is None and not (isinstance(loaded, dict) and loaded.keys() >= FROM_LIGHTNING):
+            raise CheckpointError(
+                f"{path} is no checkpoint of a training (one holds {', '.join(sorted(FROM_LIGHTNING))}). To start from "
+                "the weights of a saved model type init=dir:FOLDER"
+            )
+        return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, then its manifest: a manifest without its file is not a checkpoint."""
@@ -127,11 +136,14 @@ def _explain_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = "Earlier checkpoints are untouched. "
+        again = "and run the same command again with resume=auto"
         if error.errno not in OUT_OF_SPACE:
-            raise CheckpointError(f"{path} could not be saved: {error}. Earlier checkpoints are untouched") from error
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
+            raise CheckpointError(f"{path} could not be saved: {error}. {kept}Mend that {again}") from error
+        if error.errno == errno.EFBIG:
+            limit = "the file system, or `ulimit -f`, allows no file of this size"
+            raise CheckpointError(f"{path} could not be saved: {limit}. {kept}Raise the limit {again}") from error
         raise CheckpointError(
-            f"no space to save {path}: {error.strerror}, {free_space(existing)} free in {existing}. Earlier "
-            "checkpoints are untouched. Free some space and run the same command again with resume=auto, or keep "
-            "fewer checkpoints with ModelCheckpoint(save_top_k=1)"
+            f"no space to save {path}: {error.strerror}, {free_space(path)} free. {kept}Free some space {again}, or "
+            "keep fewer checkpoints with callbacks.checkpoint.save_top_k=1"
         ) from error

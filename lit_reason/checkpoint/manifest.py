@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_reason.checkpoint.atomic import human, sha256_file, write_json
+from lit_reason.checkpoint.atomic import sha256_file, write_json
 from lit_reason.errors import CheckpointError
 
 FORMAT = 1
@@ -54,6 +54,8 @@ def read_manifest(path: Path) -> list[Record]:
         return [Record(e["sha256"], int(e["size"]), int(e["global_step"]), float(e["saved"])) for e in entries]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
@@ -65,8 +67,11 @@ def verify(path: Path) -> Record | None:
         return None
     size = path.stat().st_size
     if size not in {r.size for r in records}:
-        raise CheckpointError(f"{path} is truncated or overwritten: got {human(size)}, saved {human(records[0].size)}")
-    digest = sha256_file(path)
+        raise CheckpointError(f"{path} is truncated or overwritten: got {size:,} bytes, saved {records[0].size:,}")
+    try:
+        digest = sha256_file(path)
+    except OSError as error:  # a bad sector, or a file of another user
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     for record in records:
         if digest == record.sha256:
             return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lit_reason.checkpoint.manifest import Record, read_manifest, verify
+from lit_reason.checkpoint.manifest import SUFFIX, Record, read_manifest, verify
 from lit_reason.errors import CheckpointError, nearest
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def find_resume(run_dir: str | Path, resume: str | Path = "auto") -> Path | None
 
     Raises:
         CheckpointError: the given path does not exist or is damaged; or `"auto"` found checkpoints that finished
-            saving, and every one is damaged.
+            saving, and every one is damaged; or several of which none has a manifest.
     """
     if resume == "never":
         return None
@@ -35,7 +35,9 @@ def find_resume(run_dir: str | Path, resume: str | Path = "auto") -> Path | None
     if path.is_dir():
         found = _newest_whole(path)
         if found is None:
-            raise CheckpointError(f"resume={path}: no finished checkpoint in this folder")
+            stages = [f"resume={folder.parent}" for folder in sorted(path.glob("*/checkpoints"))]
+            hint = f" Type {' or '.join(stages)}" if stages else ""
+            raise CheckpointError(f"resume={path}: no finished checkpoint in this folder.{hint}")
         return found
     if not path.is_file():
         hint = nearest(str(resume), ("auto", "never"))
@@ -56,6 +58,7 @@ def _newest_whole(run_dir: Path) -> Path | None:
     """Hashes candidates from the newest down and stops at the first whole one."""
     ranked: list[tuple[Record, Path]] = []
     damaged: list[str] = []
+    bare: list[str] = []
     for path in _candidates(run_dir):
         try:
             records = read_manifest(path)
@@ -65,6 +68,7 @@ def _newest_whole(run_dir: Path) -> Path | None:
         if records:
             ranked.append((records[0], path))
         else:
+            bare.append(path.name)
             log.warning("%s has no manifest: its save did not finish, or another tool wrote it; skipped", path)
     ranked.sort(key=lambda entry: (entry[0].global_step, entry[0].saved), reverse=True)
     for record, path in ranked:
@@ -83,6 +87,11 @@ def _newest_whole(run_dir: Path) -> Path | None:
         raise CheckpointError(
             f"every checkpoint in {run_dir} is damaged: {'; '.join(damaged)}. Type resume=never to start again "
             "(the damaged files are kept), or resume=PATH for a checkpoint from elsewhere"
+        )
+    if len(bare) > 1:  # a killed save leaves one; these were copied, and starting from scratch would be a surprise
+        raise CheckpointError(
+            f"none of the checkpoints in {run_dir} ({', '.join(bare)}) has its manifest. Put the files *{SUFFIX} "
+            "beside them, or type resume=PATH to take one unchecked, or resume=never to start again (all is kept)"
         )
     return None
 

@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 FOLDERS = ("checkpoints", "metrics", "completions", "samples")
 # A change under one of these keys makes the saved weights unusable.
 LOCKED = ("model", "tokenizer", "data.tokenizer")
+NAMED = 8  # changed keys that a refusal names
 
 
 class RunDir:
@@ -65,16 +67,21 @@ class RunDir:
         self.release()
 
     def acquire(self) -> None:
-        """Create the layout and take the lock; ConfigError when another process writes here."""
+        """Create the layout and take the lock; ConfigError when another process writes here, or nobody can."""
         if _rank() or self._lock is not None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path / ".lock")
-        for name in FOLDERS:
-            (self.path / name).mkdir(exist_ok=True)
-        # Left by a save that was killed; the lock says that nobody is writing them now.
-        for leftover in self.checkpoints.glob(".*.tmp"):
-            leftover.unlink()
+        try:
+            with _explain(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = _take_lock(self.path / ".lock")
+                for name in FOLDERS:
+                    (self.path / name).mkdir(exist_ok=True)
+                # Left by a save that was killed; the lock says that nobody is writing them now.
+                for leftover in self.checkpoints.glob(".*.tmp"):
+                    leftover.unlink()
+        except ConfigError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give the lock back; the end of the process does it too."""
@@ -92,18 +99,37 @@ class RunDir:
             config: resolved, plain values (`OmegaConf.to_container(cfg, resolve=True)`).
 
         Raises:
-            CheckpointError: checkpoints exist and a key under `locked` differs.
+            CheckpointError: checkpoints exist and a key under `locked` differs, or cannot be compared.
+            ConfigError: the directory cannot be written.
         """
         if _rank():
             return
-        if resume == "never":
-            self._set_aside()
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        if self.config_file.exists():
-            self._compare(config, yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {})
-            if text != self.config_file.read_text(encoding="utf-8"):
-                self.config_file.rename(_free_name(self.path, "config.{}.yaml"))
-        write_bytes(self.config_file, text.encode())
+        with _explain(self.path):
+            if resume == "never":
+                self._set_aside()
+            data = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+            if self.config_file.exists():
+                before = self.config_file.read_bytes()
+                self._compare(config, self._parse(before))
+                if data != before:  # a copy, not a rename: at no moment is there no config.yaml to compare with
+                    write_bytes(_free_name(self.path, "config.{}.yaml"), before)
+            write_bytes(self.config_file, data)
+
+    def _parse(self, data: bytes) -> Mapping[str, Any]:
+        """The saved configuration; empty when it is damaged and no checkpoint depends on it."""
+        try:
+            saved = yaml.safe_load(data)
+            reason = f"it holds {type(saved).__name__}, not a mapping"
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            saved, reason = None, str(error).splitlines()[0]
+        if isinstance(saved, Mapping):
+            return saved
+        if any(self.checkpoints.glob("*.ckpt")):
+            raise CheckpointError(
+                f"{self.config_file} is damaged ({reason}), so nobody can tell whether the checkpoints beside it fit. "
+                "Put it back from a copy, delete it to continue without this check, or type resume=never"
+            )
+        return {}
 
     def _compare(self, config: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         now, before = dict(flatten(config)), dict(flatten(saved))
@@ -111,9 +137,10 @@ class RunDir:
         changes = {k: f"{k}: got {now.get(k, '(absent)')!r}, saved {before.get(k, '(absent)')!r}" for k in keys}
         fatal = [text for k, text in changes.items() if any(k == p or k.startswith(p + ".") for p in self._locked_keys)]
         if fatal and any(self.checkpoints.glob("*.ckpt")):
+            more = f"; and {len(fatal) - NAMED} more" if len(fatal) > NAMED else ""
             raise CheckpointError(
-                f"the checkpoints in {self.path} do not fit this configuration: {'; '.join(fatal)}. Set the saved "
-                "values, or type run_dir=ANOTHER, or resume=never to set this run aside and start again"
+                f"the checkpoints in {self.path} do not fit this configuration: {'; '.join(fatal[:NAMED])}{more}. Set "
+                "the saved values, or type run_dir=ANOTHER, or resume=never to set this run aside and start again"
             )
         if changes:
             log.warning("configuration changed since this run was started: %s", "; ".join(changes.values()))
@@ -146,6 +173,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, name + ".")
         else:
             yield name, list(value) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _explain(path: Path) -> Iterator[None]:
+    """A folder that cannot be written is a setting to change, not a bug to trace."""
+    try:
+        yield
+    except OSError as error:
+        at = f": {error.filename}" if error.filename else ""
+        raise ConfigError(
+            f"run_dir={path} cannot be used ({error.strerror}{at}). Mend that, or type run_dir=ANOTHER, a folder that "
+            "you may write to, with space left"
+        ) from error
 
 
 def _free_name(folder: Path, pattern: str) -> Path:

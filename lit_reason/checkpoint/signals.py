@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 NAME = "interrupted.ckpt"
+AT_ONCE = "stopped at once, nothing was saved; resume=auto continues from the newest checkpoint"
 
 
 class SaveOnSignal(Callback):
@@ -78,11 +79,17 @@ class SaveOnSignal(Callback):
         handler(signal.SIGTERM, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._received is not None and isinstance(exception, KeyboardInterrupt):
+            _say(AT_ONCE)
         if self._received is None or not isinstance(exception, SIGTERMException):
             return
         path = self._folder(trainer) / NAME
-        trainer.save_checkpoint(path)
         exception.code = 128 + self._received
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except KeyboardInterrupt:
+            _say(AT_ONCE)
+            return
         if trainer.is_global_zero:
             _say(f"stopped by {signal.Signals(self._received).name} after step {trainer.global_step}, saved {path}")
             _say("the same command with resume=auto continues from there")
@@ -96,8 +103,9 @@ class SaveOnSignal(Callback):
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._received is None:
-            again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
-            _say(f"{signal.Signals(number).name}: saving after the current step{again}")
+            again = " again" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            _say(f"{name}: saving after the current step; Ctrl-C{again} stops at once, without saving")
         self._received = number
 
 

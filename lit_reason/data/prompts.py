@@ -49,10 +49,12 @@ def load_prompts(
         ids = tuple(chat.prompt_ids(tokenizer, prompt.question))
         _check_length(prompt, len(ids), max_prompt_tokens)
         chosen[prompt.id] = replace(prompt, token_ids=ids)
+    if not total:
+        raise DataError("no prompts: the source gave 0 questions; check data.source")
     if not chosen:
         raise DataError(
             f"no prompts: the source gave {total} questions, of which none is on the {split!r} side with "
-            f"held_out_fraction={held_out_fraction}. Check the source, raise its size, or set data.held_out_fraction."
+            f"held_out_fraction={held_out_fraction}. Give more questions, or type e.g. data.held_out_fraction=0.5"
         )
     return list(chosen.values())
 

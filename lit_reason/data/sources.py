@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -93,14 +94,16 @@ class GSM8K:
         self.path, self.part, self.revision = path, part, revision
 
     def __iter__(self) -> Iterator[Prompt]:
-        return _distinct(self._prompts(), "gsm8k")
+        return _distinct(self._prompts(), "gsm8k", self.path)
 
     def _prompts(self) -> Iterator[Prompt]:
         for where, row in self._rows():
             question, solution = _text(row, "question", where), _text(row, "answer", where)
             thought, mark, answer = solution.rpartition("####")
-            if not mark:
-                raise DataError(f"{where}: the answer has no last line '#### <number>'")
+            if not mark or not answer.strip():
+                raise DataError(
+                    f"{where}: the answer has no last line '#### <number>'; for files in another form type data=jsonl"
+                )
             meta = {"thought": _CALCULATOR.sub("", thought).strip()}
             yield Prompt(prompt_id(question), question, answer.strip().replace(",", ""), "gsm8k", (), meta)
 
@@ -136,7 +139,7 @@ class JSONL:
         self.name = f"jsonl/{name or self.path.stem}"
 
     def __iter__(self) -> Iterator[Prompt]:
-        return _distinct(self._prompts(), self.name)
+        return _distinct(self._prompts(), self.name, str(self.path))
 
     def _prompts(self) -> Iterator[Prompt]:
         known = {self.question_field, self.answer_field, self.thought_field}
@@ -154,18 +157,23 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(`"file:line"`, object) of every non-empty line."""
     if not path.is_file():
         raise DataError(f"no file {str(path)!r}; give the path of a .jsonl file with one JSON object per line")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # both bad JSON and bad UTF-8
-                raise DataError(f"{where}: not JSON ({error}); repair or remove this line") from error
-            if not isinstance(row, dict):
-                raise DataError(f'{where}: got {type(row).__name__}, expected an object like {{"question": ...}}')
-            yield where, row
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; give a file that you may read") from error
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, thousands of open brackets
+            raise DataError(
+                f"{where}: not JSON ({error}); repair or remove this line (valid: one object per line, in UTF-8)"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f'{where}: got {type(row).__name__}, expected an object like {{"question": ...}}')
+        yield where, row
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -174,19 +182,34 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise DataError(f"{where}: field {field!r} is {value!r}, expected text or a number")
-    return str(value)
+    if isinstance(value, float) and not math.isfinite(value):  # Python's JSON reads NaN and Infinity
+        raise DataError(f"{where}: field {field!r} is {value}, expected text or a finite number")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud83d" alone, from a text that was cut: no record could hold it
+        cut = text[error.start]
+        raise DataError(f"{where}: field {field!r} holds half a character, {cut!r}; remove it") from error
+    return text
 
 
-def _distinct(prompts: Iterator[Prompt], name: str) -> Iterator[Prompt]:
-    seen: set[str] = set()
-    total = 0
+def _distinct(prompts: Iterator[Prompt], name: str, path: str) -> Iterator[Prompt]:
+    answers: dict[str, str] = {}
+    total = others = 0
     for prompt in prompts:
         total += 1
-        if prompt.id not in seen:
-            seen.add(prompt.id)
+        if prompt.id not in answers:
+            answers[prompt.id] = prompt.answer
             yield prompt
-    if total > len(seen):
-        log.warning("%s: %d of %d questions are repeats and were left out", name, total - len(seen), total)
+        else:
+            others += prompt.answer != answers[prompt.id]
+    if total == 0:
+        raise DataError(
+            f'{path} holds no problems; give one object per line, e.g. {{"question": "What is 2 + 3?", "answer": "5"}}'
+        )
+    if total > len(answers):
+        hint = f"; {others} of them have another answer than the first" if others else ""
+        log.warning("%s: %d of %d questions are repeats and were left out%s", name, total - len(answers), total, hint)
 
 
 def _hub_parquet(repo: str, file: str, revision: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -237,7 +260,9 @@ def _gym_prompt(name: str, entry: dict[str, Any]) -> Prompt:
     # a scorer reads the entry in another process, so what it gets must already be what JSON can carry
     plain = json.loads(json.dumps(entry, default=str))
     meta = {"reasoning_gym": {"dataset": name, "entry": plain}}
-    return Prompt(prompt_id(question), question, str(entry["answer"]), f"reasoning_gym/{name}", (), meta)
+    # puzzles with many solutions have no reference: only the task's own scorer can judge them
+    answer = "" if entry["answer"] is None else str(entry["answer"])
+    return Prompt(prompt_id(question), question, answer, f"reasoning_gym/{name}", (), meta)
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ beside it: they may overlap although the paired difference is clear, never the o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Comparison:
         return self.pass_at_1.paired.verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, flat where the demo's `summary.json` wants it flat."""
+        """JSON-able, flat where the demo's `summary.json` wants it flat; None for the mean of nothing."""
         out: dict[str, Any] = {"n": self.pass_at_1.before.n, "faulty": self.faulty}
         for key, line in (("pass_at_1", self.pass_at_1), ("pass_at_1_format_blind", self.format_blind)):
             if line is None or line.paired is None:
@@ -66,8 +67,8 @@ class Comparison:
                 f"intervals_disjoint{suffix}": line.before.disjoint(line.after),
             }
         total = self.rewards[-1]
-        out |= {"reward_before": total.before.value, "reward_after": total.after.value}
-        out["rewards"] = {r.name: {"before": r.before.value, "after": r.after.value} for r in self.rewards}
+        out |= {"reward_before": _finite(total.before), "reward_after": _finite(total.after)}
+        out["rewards"] = {r.name: {"before": _finite(r.before), "after": _finite(r.after)} for r in self.rewards}
         return out
 
     def table(self) -> Table:
@@ -84,6 +85,10 @@ class Comparison:
             change = f"{line.after.value - line.before.value:+.3f}"
             table.add_row(f"reward {line.name}", f"{line.before.value:.3f}", f"{line.after.value:.3f}", change)
         return table
+
+
+def _finite(e: Estimate) -> float | None:
+    return e.value if math.isfinite(e.value) else None
 
 
 def _percent(e: Estimate) -> str:
@@ -108,6 +113,13 @@ def compare(before: EvalReport, after: EvalReport, seed: int = 0) -> Comparison:
             f"before, {len(ids_after - ids_before)} only after, {len(ids_before & ids_after)} are shared"
         )
     left, right = correct_by_question(before.items), correct_by_question(after.items)
+    if not set(left) & set(right):
+        column = before.correct_column
+        faults = [item.faults[column] for item in before.items + after.items if column in item.faults]
+        raise DataError(
+            f"nothing to compare: the reward {column!r} failed on each of the {len(ids_before)} questions, before or "
+            f"after; the first: {faults[0]}"
+        )
     blind = None
     if FORMAT_BLIND in before.names and FORMAT_BLIND in after.names:
         blind_left = correct_by_question(before.items, FORMAT_BLIND)

@@ -18,6 +18,9 @@ from typing import Protocol, runtime_checkable
 from lit_reason.errors import ConfigError
 from lit_reason.types import Completion, Prompt, RewardState
 
+# What a verifier may raise and still cost no more than its rows: also sys.exit, which would end the run with code 0.
+FAULTS = (Exception, SystemExit)
+
 
 @dataclass(frozen=True, slots=True)
 class RewardFault:
@@ -63,11 +66,11 @@ class ItemReward(ABC):
     def _guarded(self, prompt: Prompt, completion: Completion) -> float | RewardFault:
         try:
             return self.score(prompt, completion)
-        except Exception as error:  # whatever it is, it becomes a counted state
+        except FAULTS as error:  # whatever it is, it becomes a counted state
             return fault_of(error)
 
 
-def fault_of(error: Exception) -> RewardFault:
+def fault_of(error: BaseException) -> RewardFault:
     """The ERROR state for an exception."""
     return RewardFault(RewardState.ERROR, f"{type(error).__name__}: {error}")
 

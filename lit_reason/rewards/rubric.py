@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
 
 from lit_reason.errors import ConfigError, RewardError, nearest
-from lit_reason.rewards.base import Reward, RewardFault, fault_of
+from lit_reason.rewards.base import FAULTS, Reward, RewardFault, fault_of
 from lit_reason.types import Completion, Prompt, RewardState, Scores
+
+log = logging.getLogger(__name__)
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Rubric:
@@ -27,6 +34,8 @@ class Rubric:
         rewards: name -> reward, in the order of the columns.
         weights: overrides of the rewards' own `weight`, by name.
         max_fault_fraction: `score` raises when more than this fraction of one column's entries is not OK.
+        slow_s: after so many seconds inside one reward a warning names it; a reward that hangs must not look like a
+            run that is slow.
 
     Attributes:
         scored: completions scored so far, over all calls.
@@ -38,9 +47,16 @@ class Rubric:
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float] | None = None,
         max_fault_fraction: float = 0.01,
+        slow_s: float = 60.0,
     ) -> None:
         if not rewards:
             raise ConfigError("got no reward; valid: at least one, type e.g. 'reward=[answer,format]'")
+        for name, reward in rewards.items():
+            if not callable(reward) or not isinstance(getattr(reward, "weight", None), Real):
+                raise ConfigError(
+                    f"the reward {name!r} is a {type(reward).__name__}, which is no reward; valid: an object with "
+                    "`weight: float` and `__call__(prompts, completions) -> list of floats` (lit_reason.rewards.Reward)"
+                )
         for name in weights or {}:
             if name not in rewards:
                 raise ConfigError(f"a weight is given for the unknown reward {name!r}: {nearest(name, rewards)}")
@@ -49,7 +65,7 @@ class Rubric:
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ConfigError(f"got weight {weight} for the reward {name!r}; valid: a finite number")
-        self.max_fault_fraction = max_fault_fraction
+        self.max_fault_fraction, self.slow_s = max_fault_fraction, slow_s
         self.scored = 0
         self.faults = {name: {"ERROR": 0, "TIMEOUT": 0} for name in rewards}
 
@@ -60,7 +76,9 @@ class Rubric:
         states_BR = torch.full(values_BR.shape, int(RewardState.OK), dtype=torch.int64)
         messages: dict[tuple[int, str], str] = {}
         for column, (name, reward) in enumerate(self.rewards.items()):
-            for row, entry in enumerate(_call(reward, prompts, completions)):
+            with _watched(name, len(prompts), self.slow_s):
+                entries = _call(reward, prompts, completions)
+            for row, entry in enumerate(entries):
                 if isinstance(entry, RewardFault):
                     states_BR[row, column] = int(entry.state)
                     messages[row, name] = entry.message
@@ -79,8 +97,20 @@ class Rubric:
                 raise RewardError(
                     f"reward {name!r} failed on {len(texts)} of {rows} completions "
                     f"(allowed: {self.max_fault_fraction:.1%}); the first: {texts[0]}. Fix the reward or the data, "
-                    "or raise max_fault_fraction"
+                    "or type a larger rollout.max_fault_fraction"
                 )
+
+
+@contextmanager
+def _watched(name: str, rows: int, slow_s: float) -> Iterator[None]:
+    message = "reward %r has been judging %d completions for %g s; if it hangs, stop the run with Ctrl-C, twice"
+    timer = threading.Timer(slow_s, log.warning, (message, name, rows, slow_s))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_pairs(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
@@ -94,7 +124,7 @@ def _check_pairs(prompts: Sequence[Prompt], completions: Sequence[Completion]) -
 def _call(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | RewardFault]:
     try:
         entries = list(reward(prompts, completions))
-    except Exception as error:  # whatever it is, it becomes a counted state of these rows
+    except FAULTS as error:  # whatever it is, it becomes a counted state of these rows
         return [fault_of(error)] * len(prompts)
     if len(entries) != len(prompts):
         message = f"the reward returned {len(entries)} entries for {len(prompts)} completions"
@@ -104,10 +134,14 @@ def _call(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Compl
 
 def _checked(entry: object) -> float | RewardFault:
     if isinstance(entry, RewardFault):
-        if entry.state is RewardState.OK:
-            return RewardFault(RewardState.ERROR, f"the reward returned a fault with the state OK: {entry.message}")
+        if not isinstance(entry.state, RewardState) or entry.state is RewardState.OK:
+            message = f"the reward returned a fault with the state {entry.state!r}: {entry.message}"
+            return RewardFault(RewardState.ERROR, message)
         return entry
     if not isinstance(entry, Real):
         return RewardFault(RewardState.ERROR, f"the reward returned {entry!r:.100}; valid: a float or a RewardFault")
-    value = float(entry)
-    return value if math.isfinite(value) else RewardFault(RewardState.ERROR, f"the reward returned {value}")
+    try:
+        value = float(entry)
+    except OverflowError as error:
+        return fault_of(error)
+    return value if abs(value) <= LARGEST else RewardFault(RewardState.ERROR, f"the reward returned {value}")

@@ -61,14 +61,23 @@ def locate(name_or_dir: str | Path, shelf: str | Path | None = None) -> Entry:
     if isinstance(name_or_dir, str) and not name_or_dir.startswith(FOLDER_PREFIX):
         if not _PART.fullmatch(name_or_dir):
             raise ZooError(
-                f"{name_or_dir!r} is not the name of a zoo model (letters, digits, '.', '_', '-'). To load a folder of "
-                f"your own, type {FOLDER_PREFIX}{name_or_dir}"
+                f"{name_or_dir!r} is not the name of a zoo model (letters, digits, '.', '_', '-'). "
+                + _instead(Path(name_or_dir), f"To load a folder of your own, type {FOLDER_PREFIX}{name_or_dir}")
             )
         return Entry(Path(shelf).absolute() if shelf else default_shelf(), name_or_dir)
     folder = Path(str(name_or_dir).removeprefix(FOLDER_PREFIX)).absolute()
     if not _PART.fullmatch(folder.name):
-        raise ZooError(f"{folder} cannot hold a zoo model: its last part must be letters, digits, '.', '_', '-'")
+        advice = _instead(folder, "Its last part must be letters, digits, '.', '_', '-'")
+        raise ZooError(f"{folder} cannot hold a zoo model. {advice}")
     return Entry(folder.parent, folder.name)
+
+
+def _instead(path: Path, otherwise: str) -> str:
+    """What to type; a checkpoint of training is no model, but a finished stage left one beside its folder."""
+    if path.suffix != ".ckpt":
+        return otherwise
+    model = path.absolute().parent.parent / "model"
+    return f"A .ckpt holds a training's state; a finished stage's weights are a folder: {FOLDER_PREFIX}{model}"
 
 
 def read_index(shelf: Path) -> dict[str, Any]:
@@ -89,7 +98,10 @@ def read_index(shelf: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ZooError(f"{path} is damaged ({type(error).__name__}: {error}); get the shelf again") from error
+        raise ZooError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Get the shelf again; in a run's own folder, delete "
+            "this file and run the same command again"
+        ) from error
 
 
 def read_entry(entry: Entry) -> dict[str, bytes]:
@@ -102,7 +114,7 @@ def read_entry(entry: Entry) -> dict[str, bytes]:
     """
     models = read_index(entry.shelf)
     if entry.name not in models:
-        known = nearest(entry.name, models) if models else "it holds no models"
+        known = nearest(entry.name, models) if models else f"it has no {INDEX}, or an empty one; copy it too"
         raise ZooError(f"no model {entry.name!r} in the shelf {entry.shelf}: {known}")
     files = models[entry.name]["files"]
     return {name: _read_checked(entry, name, files[name]) for name in sorted(files)}

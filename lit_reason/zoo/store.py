@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lit_reason.checkpoint.atomic import fsync_directory, to_json, write_bytes
+from lit_reason.checkpoint.atomic import free_space, fsync_directory, to_json, write_bytes
 from lit_reason.data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from lit_reason.errors import LitReasonError, ZooError
 from lit_reason.models import ModelConfig, Transformer
@@ -129,6 +130,8 @@ def save(
     facts = {"name": entry.name, "params": sum(p.numel() for p in model.parameters()), "dtype": "+".join(dtypes)}
     info = {**info, **facts}
     weights = {name: _own_memory(value) for name, value in model.state_dict().items()}
+    if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise ZooError(f"{entry.name}: {len(bad)} parameters hold NaN or infinity ({bad[0]}, ...); nothing was saved")
     sequences = default_sequences(tokenizer.vocab_size, config.max_seq_len) if golden is None else golden
     files = {
         WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
@@ -139,9 +142,15 @@ def save(
         CARD: write_card(entry.name, info).encode(),
     }
     summary = {**facts, "metrics": info["metrics"], "description": info.get("description", "")}
-    entry.shelf.mkdir(parents=True, exist_ok=True)
-    with locked(entry.shelf):
-        _put(entry, files, tokenizer, summary, overwrite)
+    try:
+        entry.shelf.mkdir(parents=True, exist_ok=True)
+        with locked(entry.shelf):
+            _put(entry, files, tokenizer, summary, overwrite)
+    except OSError as error:
+        raise ZooError(
+            f"{entry.folder} could not be saved: {error.strerror}, {free_space(entry.shelf)} free. What was there is "
+            "untouched; mend that and save again (lit-reason-train: the same command)"
+        ) from error
     return entry.folder
 
 
@@ -160,12 +169,23 @@ def _put(
         models[entry.name] = {"files": describe(temporary), "summary": dict(summary)}
         if entry.folder.exists():
             entry.folder.rename(old)
-        temporary.rename(entry.folder)
-        fsync_directory(entry.shelf)
-        write_index(entry.shelf, models)
+        try:
+            temporary.rename(entry.folder)
+            fsync_directory(entry.shelf)
+            write_index(entry.shelf, models)
+        except BaseException:  # the index still describes the old folder
+            if entry.folder.exists():
+                entry.folder.rename(temporary)
+            if old.exists():
+                old.rename(entry.folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    # What a killed save left: writers hold the shelf's lock, so nobody is writing it now.
+    for leftover in entry.shelf.glob(f".{entry.name}.*"):
+        if re.fullmatch(r"\d+\.(tmp|old)", leftover.name.removeprefix(f".{entry.name}.")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _own_memory(value: Tensor) -> Tensor:

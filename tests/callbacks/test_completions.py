@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.callbacks import CompletionsTable
-from lit_reason.errors import RolloutError
+from lit_reason.errors import LitReasonError, RolloutError
 from lit_reason.types import Completion, Prompt, RewardState, RolloutGroup, Scores
 
 
@@ -77,6 +77,31 @@ def test_a_fresh_start_moves_a_former_run_aside(fit, tmp_path):
     for _ in range(2):
         fit([CompletionsTable()], steps=2, module=fit.Tiny(announce))
     assert len(read(tmp_path / "completions")) == len(read(tmp_path / "completions.old-1")) == 4
+
+
+def test_a_file_of_somebody_else_is_left_alone(fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit([CompletionsTable(), saver], steps=2, module=fit.Tiny(announce), enable_checkpointing=True)
+    for name in ("step-notes.jsonl", "step-00000001.mine.jsonl"):
+        (tmp_path / "completions" / name).write_text("{}\n")
+    fit([CompletionsTable()], steps=2, module=fit.Tiny(announce), ckpt_path=tmp_path / "ckpt" / "step=1.ckpt")
+    assert sorted(p.name for p in (tmp_path / "completions").iterdir()) == [
+        "step-00000000.jsonl",
+        "step-00000001.jsonl",
+        "step-00000001.mine.jsonl",
+        "step-notes.jsonl",
+    ]
+
+
+def test_a_full_disk_stops_with_one_message(fit, tmp_path):
+    def full(module, step):
+        if step == 1:
+            (tmp_path / "completions" / "step-00000001.jsonl.partial").symlink_to("/dev/full")
+        announce(module, step)
+
+    with pytest.raises(LitReasonError, match=r"step-00000001\.jsonl could not be written: No space left.*resume=auto"):
+        fit([CompletionsTable()], module=fit.Tiny(full))
+    assert [r["step"] for r in read(tmp_path / "completions")] == [0, 0]
 
 
 def test_two_rounds_in_one_step_are_both_kept(fit, tmp_path):

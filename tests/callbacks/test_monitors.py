@@ -71,6 +71,23 @@ def test_without_the_guard_the_weights_would_be_lost(fit):
     assert not all(p.isfinite().all() for p in module.parameters())
 
 
+def test_weights_that_overflow_in_the_step_itself_are_not_saved(fit, tmp_path):
+    """Loss and gradient are finite; a learning rate of inf makes the weights infinite all the same."""
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    module = fit.Tiny()
+
+    def too_fast(module, step):
+        if step == 1:
+            module.optimizers().param_groups[1]["lr"] = float("inf")
+
+    module.announce = too_fast
+    with pytest.raises(
+        NonFiniteError, match=r"not finite after step 2 in 1 of 2 parameters: last\.weight; .*not saved"
+    ):
+        fit([saver, NonFiniteGuard()], module=module, enable_checkpointing=True)
+    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step=1.ckpt"]
+
+
 def test_guard_lets_a_healthy_run_pass(fit):
     trainer, _ = fit([NonFiniteGuard()], accumulate_grad_batches=2)
     assert trainer.global_step == 4

@@ -1,6 +1,7 @@
 """The record of every step, exact over a resume, and the files at the end."""
 
 import json
+import resource
 import statistics
 
 import pytest
@@ -9,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.callbacks import NonFiniteGuard, Report
 from lit_reason.callbacks.report import standard_errors
+from lit_reason.errors import LitReasonError
+from lit_reason.report.records import read_rows
 from lit_reason.types import Completion, Prompt, RolloutGroup, Scores
 
 
@@ -79,3 +82,21 @@ def test_a_fresh_start_keeps_the_former_record(fit, tmp_path):
         fit([Report()], steps=steps, module=fit.Tiny(announce))
     assert len(rows(tmp_path)) == 2
     assert len((tmp_path / "metrics" / "steps.old-1.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_record_that_cannot_grow_stops_with_one_message(fit, tmp_path, caplog):
+    """A limit on the size of files stands for the full disk; the report at the end meets it as well."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(module, step):
+        if step == 1:
+            size = (tmp_path / "metrics" / "steps.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+
+    try:
+        with pytest.raises(LitReasonError, match=r"steps\.jsonl could not be written: File too large.*resume=auto"):
+            fit([Report()], module=fit.Tiny(limit))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "no report: " in caplog.text
+    assert [row["step"] for row in read_rows(tmp_path / "metrics" / "steps.jsonl")] == [0]

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
+from lit_reason.checkpoint.atomic import HashingWriter, temporary_name
 from lit_reason.checkpoint.manifest import manifest_path, verify
 from lit_reason.errors import CheckpointError
 
@@ -111,11 +112,18 @@ def test_damage_is_refused_by_name(tmp_path, damage):
 
 def test_damage_without_a_manifest_is_refused_by_name(tmp_path):
     path = tmp_path / "foreign.ckpt"
-    torch.save(state(3), path)
+    torch.save(state(3) | {"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, path)
     assert SafeCheckpointIO().load_checkpoint(path)["global_step"] == 3
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"foreign\.ckpt cannot be read"):
         SafeCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1], torch.zeros(2)], ids=["dict", "list", "tensor"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match=r"foreign\.ckpt is no checkpoint of a training .*init=dir:FOLDER"):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "foreign.ckpt")
 
 
 class Payload:
@@ -139,19 +147,60 @@ def save_with_limit(folder, limit):
     try:
         SafeCheckpointIO().save_checkpoint(state(2, 1_000_000), folder / "last.ckpt")
     except CheckpointError as error:
-        named = all(part in str(error) for part in ("no space to save", "free in", "last.ckpt"))
+        named = all(part in str(error) for part in ("last.ckpt could not be saved", "ulimit -f", "resume=auto"))
         os._exit(17 if named else 18)
     os._exit(0)
 
 
-def test_disk_full_keeps_the_previous_checkpoint_and_says_so(tmp_path, child):
-    """RLIMIT_FSIZE stands for the full disk: the write fails with EFBIG in the middle of the file."""
+@pytest.mark.parametrize("megabytes", [0, 8])  # fails when the buffer is flushed, fails in the middle
+def test_disk_full_keeps_the_previous_checkpoint_and_says_so(tmp_path, megabytes):
+    """The temporary file's name leads to /dev/full, where every write fails with ENOSPC."""
+    io, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(state(1), path)
+    before = sorted(os.listdir(tmp_path))
+    temporary_name(path).symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"no space to save .*last\.ckpt: No space left.* free\. .*resume=auto"):
+        io.save_checkpoint(state(2, 10 + megabytes * 2**18), path)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert io.load_checkpoint(find_resume(tmp_path))["global_step"] == 1
+
+
+def test_a_limit_on_the_size_of_files_is_told_from_a_full_disk(tmp_path, child):
     io = SafeCheckpointIO()
     io.save_checkpoint(state(1), tmp_path / "last.ckpt")
     before = sorted(os.listdir(tmp_path))
     process = child(save_with_limit, tmp_path, 100_000)
     process.join()
     assert process.exitcode == 17
+    assert sorted(os.listdir(tmp_path)) == before
+    assert io.load_checkpoint(find_resume(tmp_path))["global_step"] == 1
+
+
+class Interrupts:
+    """Ctrl-C in the middle of a save: in the write itself, or in between, while torch pickles."""
+
+    def __init__(self, monkeypatch, where):
+        target, name = (HashingWriter, "write") if where == "write" else (torch.storage.UntypedStorage, "nbytes")
+        real = getattr(target, name)
+
+        def interrupted(*args):
+            if where == "write" and args[0].size < 1000:
+                return real(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(target, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["write", "between"])
+def test_ctrl_c_in_a_save_stays_ctrl_c(tmp_path, monkeypatch, where):
+    """torch.save turned it into "RuntimeError: unexpected pos 9965440 vs 9965332"."""
+    io = SafeCheckpointIO()
+    io.save_checkpoint(state(1), tmp_path / "last.ckpt")
+    before = sorted(os.listdir(tmp_path))
+    with monkeypatch.context() as patch:
+        Interrupts(patch, where)
+        with pytest.raises(KeyboardInterrupt):
+            io.save_checkpoint(state(2), tmp_path / "last.ckpt")
     assert sorted(os.listdir(tmp_path)) == before
     assert io.load_checkpoint(find_resume(tmp_path))["global_step"] == 1
 

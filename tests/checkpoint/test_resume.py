@@ -70,3 +70,27 @@ def test_a_path_is_taken_or_refused(run, caplog):
         find_resume(run, str(path))
     with pytest.raises(CheckpointError, match=r"resume=atuo.*did you mean 'auto'"):
         find_resume(run, "atuo")
+    with pytest.raises(CheckpointError, match=rf"no finished checkpoint in this folder\. Type .*resume={run}"):
+        find_resume("elsewhere", run.parent)
+
+
+def test_several_without_a_manifest_were_copied_and_are_not_thrown_away(run):
+    """A killed first save leaves one checkpoint without a manifest; starting anew beside several loses a run."""
+    paths = sorted((run / "checkpoints").glob("*.ckpt"))
+    for path in paths:
+        manifest_path(path).unlink()
+    with pytest.raises(CheckpointError, match=r"none of .*step=10\.ckpt.*\.manifest\.json.*resume=PATH.*resume=never"):
+        find_resume(run)
+    assert find_resume(run, paths[0]) == paths[0]
+    for path in paths[1:]:
+        path.unlink()
+    assert find_resume(run) is None
+
+
+def test_a_file_that_cannot_be_read_is_damage(run, caplog):
+    manifest = manifest_path(run / "checkpoints" / "step=100.ckpt")
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # reading it fails with EIO, as on a bad sector
+    with caplog.at_level(logging.WARNING):
+        assert find_resume(run).name == "step=10.ckpt"
+    assert "step=100.ckpt.manifest.json cannot be read: Input/output error" in caplog.text

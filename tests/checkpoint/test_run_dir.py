@@ -88,6 +88,76 @@ def test_other_changes_are_told_and_the_former_config_kept(tmp_path, caplog):
         assert yaml.safe_load(run.config_file.read_text())["optimizer"] == {"lr": 0.2}
 
 
+@pytest.mark.parametrize("text", ["", "model: [1", "- 1", "\0"])
+def test_a_damaged_config_is_named_once_a_checkpoint_depends_on_it(tmp_path, text):
+    with RunDir(tmp_path / "run") as run:
+        run.config_file.write_text(text)
+        run.start(CONFIG)
+        assert yaml.safe_load(run.config_file.read_text()) == CONFIG
+        save(run, 1)
+        run.config_file.write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.yaml is damaged .*delete it.*resume=never"):
+            run.start(CONFIG)
+        assert run.config_file.read_text() == text
+
+
+def test_a_long_refusal_names_some_keys_and_counts_the_rest(tmp_path):
+    with RunDir(tmp_path / "run", locked=["model"]) as run:
+        run.start({"model": {f"a{i}": 0 for i in range(30)}})
+        save(run, 1)
+        with pytest.raises(CheckpointError, match=r"model\.a0: got 1, saved 0;.*; and 22 more\. Set") as refused:
+            run.start({"model": {f"a{i}": 1 for i in range(30)}})
+        assert str(refused.value).count("got 1, saved 0") == 8
+
+
+def dies_at(call, path):
+    """Start with another configuration and die at the `call`-th rename."""
+    real = os.replace
+
+    def dying(*args):
+        nonlocal call
+        call -= 1
+        if call == 0:
+            os._exit(9)
+        real(*args)
+
+    os.replace = os.rename = dying
+    RunDir(path).start(changed(seed=2))
+    os._exit(0)
+
+
+def test_a_kill_never_leaves_checkpoints_without_the_config_they_were_trained_with(tmp_path, child):
+    codes = []
+    while codes[-1:] != [0]:
+        path = tmp_path / f"{len(codes)}"
+        with RunDir(path) as run:
+            run.start(CONFIG)
+        process = child(dies_at, len(codes) + 1, path)
+        process.join()
+        codes.append(process.exitcode)
+        assert yaml.safe_load(run.config_file.read_text()) in (CONFIG, changed(seed=2))
+    assert codes == [9, 9, 0]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_place_that_cannot_be_a_run_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run_dir=.* cannot be used \(.*\)\. .*run_dir=ANOTHER"):
+        RunDir(tmp_path / place).acquire()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_failed_start_gives_the_lock_back(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics").write_text("not a folder")
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"File exists: .*metrics"):
+        run.acquire()
+    (tmp_path / "run" / "metrics").unlink()
+    with RunDir(tmp_path / "run"), pytest.raises(ConfigError, match="in use"):
+        run.acquire()
+
+
 def test_never_sets_the_former_run_aside(tmp_path):
     """Else the next resume=auto would take the former run's step 1000 for this run's."""
     with RunDir(tmp_path / "run") as run:

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.checkpoint import SafeCheckpointIO, SaveOnSignal, find_resume
@@ -57,12 +59,37 @@ def test_stop_saves_the_finished_step_and_resumes_exactly(tmp_path, tiny, capfd,
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
 
 
-def test_a_second_ctrl_c_stops_at_once_without_a_checkpoint(tmp_path, tiny):
+def test_a_second_ctrl_c_stops_at_once_without_a_checkpoint(tmp_path, tiny, capfd):
     net = stopping_net(tiny, signal.SIGINT, 4, times=2)
     with pytest.raises(SystemExit) as stopped:
         tiny(tmp_path, 10, [SaveOnSignal(tmp_path)], net=net)
     assert stopped.value.code == 1
     assert find_resume(tmp_path) is None
+    assert "stopped at once, nothing was saved" in capfd.readouterr().err
+
+
+class InterruptsTheSave(Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the handler runs at once and ends this
+
+
+def test_a_ctrl_c_in_the_middle_of_the_last_save_leaves_no_half_checkpoint(tmp_path, tiny, capfd):
+    net = stopping_net(tiny, signal.SIGINT, 4)
+    with pytest.raises(SystemExit) as stopped:
+        tiny(tmp_path, 10, [SaveOnSignal(tmp_path), InterruptsTheSave()], net=net)
+    assert stopped.value.code == 130
+    assert not list(tmp_path.rglob("*ckpt*"))
+    assert "stopped at once, nothing was saved" in capfd.readouterr().err
+
+
+def test_sigterm_twice_still_saves(tmp_path, tiny):
+    """Schedulers send it to the whole process group, and again to each process."""
+    net = stopping_net(tiny, signal.SIGTERM, 4, times=2)
+    with pytest.raises(SystemExit) as stopped:
+        tiny(tmp_path, 10, [SaveOnSignal(tmp_path)], net=net)
+    assert stopped.value.code == 143
+    assert SafeCheckpointIO().load_checkpoint(tmp_path / "interrupted.ckpt")["global_step"] == 5
 
 
 def test_an_error_saves_nothing(tmp_path, tiny):

@@ -93,6 +93,16 @@ def test_the_refused_configuration_really_is_wrong_upstream():
     assert list(ReasoningGym({"basic_arithmetic": {"allow_parentheses": False, "operators": ["+", "-"]}}, size=5))
 
 
+def test_a_puzzle_without_a_reference_has_no_answer_and_its_own_scorer():
+    """Several tasks answer None; the text "None" would be a reference that no right solution equals."""
+    source = ReasoningGym({"propositional_logic": {}, "rush_hour": {}, "chain_sum": {}}, size=6, seed=3)
+    answers = {}
+    for prompt in source:
+        answers.setdefault(prompt.source.removeprefix("reasoning_gym/"), []).append(prompt.answer)
+    assert answers["propositional_logic"] == answers["rush_hour"] == ["", ""]
+    assert all(int(answer) is not None for answer in answers["chain_sum"])
+
+
 def test_gsm8k_in_its_own_format():
     prompts = list(GSM8K(str(GSM_FILES)))
     assert len(prompts) == 20 and [p.answer for p in prompts[:4]] == ["72", "10", "5", "42"]
@@ -123,7 +133,12 @@ def test_gsm8k_removes_commas_and_wants_its_last_line(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"question": "q", "answer": "so\n#### 1,234,567"})
     assert next(iter(GSM8K(path))).answer == "1234567"
     path = write_lines(tmp_path / "b.jsonl", {"question": "q", "answer": "so 5"})
-    with pytest.raises(DataError, match=r"b\.jsonl:1: the answer has no last line '#### <number>'"):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the answer has no last line '#### <number>'.*data=jsonl"):
+        list(GSM8K(path))
+    path = write_lines(
+        tmp_path / "c.jsonl", {"question": "q", "answer": "so 5\n#### 5"}, {"question": "r", "answer": "#### "}
+    )
+    with pytest.raises(DataError, match=r"c\.jsonl:2: the answer has no last line '#### <number>'"):
         list(GSM8K(path))
     with pytest.raises(ConfigError, match="did you mean 'test'"):
         GSM8K(path, part="tests")
@@ -155,6 +170,11 @@ def test_jsonl_fields_thought_and_repeats(tmp_path, caplog):
         ('{"qestion": "x", "answer": "1"}', r"mine\.jsonl:2: no field 'question'; did you mean 'qestion'"),
         ('{"question": "x", "answer": null}', r"mine\.jsonl:2: field 'answer' is None"),
         ('{"question": "  ", "answer": "1"}', r"mine\.jsonl:2: field 'question'"),
+        ('{"question": "x", "answer": ["1"]}', r"mine\.jsonl:2: field 'answer' is \['1'\], expected text or a number"),
+        ('{"question": "x", "answer": NaN}', r"mine\.jsonl:2: field 'answer' is nan, expected text or a finite number"),
+        ('{"question": "x", "answer": 1e999}', r"mine\.jsonl:2: field 'answer' is inf"),
+        ('{"question": "x \\ud83d", "answer": 1}', r"mine\.jsonl:2: field 'question' holds half a character, '.ud83d'"),
+        ('{"question": ' + "[" * 100_000, r"mine\.jsonl:2: not JSON"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
@@ -168,3 +188,32 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     path.write_bytes('{"question": "café", "answer": "1"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.jsonl:1: not JSON"):
         list(JSONL(str(path)))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+@pytest.mark.parametrize("source", [JSONL, GSM8K])
+def test_a_file_without_problems_is_named(tmp_path, content, source):
+    path = tmp_path / "none.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"none\.jsonl holds no problems; give one object per line"):
+        list(source(str(path)))
+
+
+def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    lines = ['{"question": "What is 1+2?", "answer": "3"}', '{"question": "What is 1+é?", "answer": 4}']
+    plain, windows = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    plain.write_bytes("\n".join(lines).encode())
+    windows.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert list(JSONL(str(plain), name="x")) == list(JSONL(str(windows), name="x"))
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    with pytest.raises(DataError, match=r"/proc/self/mem cannot be read"):
+        list(JSONL("/proc/self/mem"))
+
+
+def test_repeats_with_another_answer_are_told(tmp_path, caplog):
+    rows = [{"question": "a", "answer": "1"}, {"question": "A", "answer": "2"}, {"question": "a", "answer": "1"}]
+    with caplog.at_level(logging.WARNING):
+        assert [p.answer for p in JSONL(write_lines(tmp_path / "mine.jsonl", *rows))] == ["1"]
+    assert "2 of 3 questions are repeats and were left out; 1 of them have another answer" in caplog.text

@@ -172,6 +172,20 @@ def test_compare_drops_a_faulty_question_from_both_sides():
     assert comparison.pass_at_1.before == proportion([1, 0]) and comparison.pass_at_1.after == proportion([1, 1])
 
 
+def test_compare_of_nothing_but_faults_says_why():
+    with pytest.raises(DataError, match=r"the reward 'answer' failed on each of the 3 questions.*boom"):
+        compare(run(dict.fromkeys("abc", "crash")), run({"a": tag(1), "b": tag(2), "c": tag(3)}))
+
+
+def test_a_mean_of_nothing_is_null_in_the_summary():
+    # a and b fail before, c after: nothing is whole on both sides but c's answer before and a's and b's after
+    before, after = run({"a": "crash", "b": "crash", "c": tag(3)}), run({"a": tag(1), "b": tag(2), "c": tag(3)})
+    before.items[2].faults["length"] = "none"
+    d = compare(before, after).to_dict()
+    assert d["reward_before"] is None and d["pass_at_1_before"] == 1.0
+    json.dumps(d, allow_nan=False)
+
+
 def test_compare_refuses_other_questions():
     with pytest.raises(DataError, match="1 questions are only before"):
         compare(run({"a": "", "b": "", "c": ""}), run({"a": "", "b": ""}, prompts=PROMPTS[:2]))

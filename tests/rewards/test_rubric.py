@@ -1,4 +1,8 @@
+import logging
 import math
+import sys
+import time
+import types
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ class Fixed:
         self.entries, self.weight = entries, weight
 
     def __call__(self, prompts, completions):
-        if isinstance(self.entries, Exception):
+        if isinstance(self.entries, BaseException):
             raise self.entries
         return self.entries
 
@@ -96,7 +100,11 @@ def test_the_allowed_fraction_is_exact():
         Rubric({"a": Fixed(entries[:1] * 2 + entries[2:])}).score(*pairs(*[GOOD] * 100))
 
 
-@pytest.mark.parametrize("entry", [math.nan, math.inf, None, "1", [1.0], RewardFault(RewardState.OK, "?")])
+@pytest.mark.parametrize(
+    "entry",
+    [math.nan, math.inf, 1e39, 10**400, None, "1", [1.0], RewardFault(RewardState.OK, "?"), RewardFault("ERROR", "?")],
+    ids=lambda entry: f"{entry!r:.20}",
+)
 def test_what_is_no_finite_number_is_an_error(entry):
     scores = Rubric({"a": Fixed([entry])}, max_fault_fraction=1.0).score(*pairs(GOOD))
     assert scores.states_BR.item() == RewardState.ERROR and scores.values_BR.isnan().all()
@@ -115,3 +123,36 @@ def test_wrong_number_of_entries_and_mixed_up_rows():
 def test_an_empty_round_has_the_columns():
     scores = Rubric({"a": AnswerExact(), "b": FormatExact()}).score([], [])
     assert scores.values_BR.shape == (0, 2)
+
+
+def test_a_reward_that_exits_does_not_end_the_run():
+    """sys.exit(0) in a verifier once ended a training as if it were finished."""
+
+    class Exits(ItemReward):
+        def score(self, prompt, completion):
+            sys.exit(0)
+
+    for reward in (Exits(), Fixed(SystemExit(0))):
+        with pytest.raises(RewardError, match=r"'bad' failed on 1 of 1 .*SystemExit: 0"):
+            Rubric({"bad": reward}).score(*pairs(GOOD))
+
+
+@pytest.mark.parametrize("weight", ["1.0", None])
+def test_what_is_no_reward_is_refused_before_the_first_completion(weight):
+    reward = Fixed([1.0])
+    reward.weight = weight
+    for bad in (reward, types.SimpleNamespace(weight=1.0)):
+        with pytest.raises(ConfigError, match=r"the reward 'mine' is a \w+, which is no reward; valid: .*__call__"):
+            Rubric({"mine": bad})
+
+
+def test_a_reward_that_hangs_is_named(caplog):
+
+    class Hangs(ItemReward):
+        def score(self, prompt, completion):
+            time.sleep(0.2)
+            return 1.0
+
+    with caplog.at_level(logging.WARNING):
+        Rubric({"fast": AnswerExact(), "slow": Hangs()}, slow_s=0.05).score(*pairs(GOOD))
+    assert "reward 'slow' has been judging 1 completions for 0.05 s" in caplog.text and "'fast'" not in caplog.text

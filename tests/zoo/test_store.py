@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lit_reason import zoo
+from lit_reason.checkpoint.atomic import temporary_name
 from lit_reason.data.tokenizer import ByteTokenizer
 from lit_reason.errors import ZooError
 from lit_reason.zoo.manifest import describe
@@ -104,8 +105,25 @@ def test_a_damaged_index_is_refused(shelf, text):
 def test_unknown_names_get_the_nearest(shelf):
     with pytest.raises(ZooError, match=r"no model 'tiny\.stf'.*did you mean 'tiny\.sft'"):
         zoo.load("tiny.stf", shelf)
-    with pytest.raises(ZooError, match="holds no models"):
+    with pytest.raises(ZooError, match=r"nowhere: it has no index\.json"):
         zoo.load("tiny.sft", shelf / "nowhere")
+
+
+@pytest.mark.parametrize("prefix", ["", "dir:"])
+def test_a_checkpoint_of_training_is_no_model_and_the_model_is_named(prefix):
+    with pytest.raises(ZooError, match=r"weights are a folder: dir:/runs/demo/rl/model$"):
+        zoo.load(f"{prefix}/runs/demo/rl/checkpoints/step=2.ckpt")
+
+
+def test_weights_that_are_not_finite_are_not_saved(shelf, model, info):
+    before = {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()}
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(
+        ZooError, match=r"1 parameters hold NaN or infinity \(head\.weight, \.\.\.\); nothing was saved"
+    ):
+        zoo.save(NAME, model, ByteTokenizer(), info, shelf=shelf, overwrite=True)
+    assert {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()} == before
 
 
 OUTSIDE = [
@@ -235,9 +253,26 @@ def test_a_failed_save_leaves_the_shelf_as_it_was(shelf, model, info, monkeypatc
             raise OSError(28, "No space left on device")
 
     before = {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()}
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ZooError, match=r"tiny\.sft could not be saved: No space left on device, .* free"):
         zoo.save(NAME, model, Broken(), info, shelf=shelf, overwrite=True)
     assert {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()} == before
+
+
+def test_an_index_that_cannot_be_written_brings_the_old_model_back(shelf, model, info):
+    """The index's temporary file leads to /dev/full: the folder was already exchanged when the write fails."""
+    before = {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()}
+    temporary_name(shelf / "index.json").symlink_to("/dev/full")
+    with pytest.raises(ZooError, match="No space left"):
+        zoo.save(NAME, model.to(torch.bfloat16), ByteTokenizer(), info, shelf=shelf, overwrite=True)
+    assert {p: p.read_bytes() for p in shelf.rglob("*") if p.is_file()} == before
+    zoo.verify(NAME, shelf)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(shelf, model, info):
+    for name in (f".{NAME}.123.tmp", f".{NAME}.123.old", f".{NAME}.notes"):
+        (shelf / name).mkdir()
+    zoo.save(NAME, model, ByteTokenizer(), info, shelf=shelf, overwrite=True)
+    assert sorted(os.listdir(shelf)) == [f".{NAME}.notes", "index.json", NAME]
 
 
 def test_a_folder_of_ones_own(tmp_path, model, info):
