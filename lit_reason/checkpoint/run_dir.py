@@ -17,7 +17,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -89,7 +89,12 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
-    def start(self, config: Mapping[str, Any], resume: str | Path = "auto") -> None:
+    def start(
+        self,
+        config: Mapping[str, Any],
+        resume: str | Path = "auto",
+        fill: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    ) -> None:
         """Record the configuration of this start.
 
         With `resume="never"` everything that a former run left is moved to `old-N/`, so that its checkpoints can
@@ -97,6 +102,7 @@ class RunDir:
 
         Args:
             config: resolved, plain values (`OmegaConf.to_container(cfg, resolve=True)`).
+            fill: adds to the saved configuration the defaults that `config` spells out, before the two are compared.
 
         Raises:
             CheckpointError: checkpoints exist and a key under `locked` differs, or cannot be compared.
@@ -110,7 +116,8 @@ class RunDir:
             data = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
             if self.config_file.exists():
                 before = self.config_file.read_bytes()
-                self._compare(config, self._parse(before))
+                saved = self._parse(before)
+                self._compare(config, fill(saved) if fill is not None else saved)
                 if data != before:  # a copy, not a rename: at no moment is there no config.yaml to compare with
                     write_bytes(_free_name(self.path, "config.{}.yaml"), before)
             write_bytes(self.config_file, data)

@@ -66,10 +66,24 @@ def preflight(config_name: str, args: Namespace, check: Task) -> None:
     points: list[Sequence[str]] = [args.overrides]
     if args.multirun or (cfg.hydra.mode is not None and cfg.hydra.mode.name == "MULTIRUN"):
         points = list(sweep_points(args.overrides)) or [args.overrides]
+        _check_sweeper(cfg, config_name, args)
     if args.cfg:
         return
     for point in points:
         check(without_hydra(compose(config_name, point, args.config_dir, args.multirun)))
+
+
+def _check_sweeper(cfg: DictConfig, config_name: str, args: Namespace) -> None:
+    """A YAML's own sweep goes to Hydra as it stands, so a parameter that no YAML lists needs its `++` there."""
+    params = cfg.hydra.sweeper.get("params") or {}
+    lines = [f"{key}={value}" for key, value in params.items()]
+    added = with_additions(config_name, [*args.overrides, *lines], args.config_dir)[len(args.overrides) :]
+    missing = [str(key) for key, line, new in zip(params, lines, added, strict=True) if line != new]
+    if missing:
+        typed = ", ".join(f"'++{key}': VALUES" for key in missing)
+        raise ConfigError(
+            f"hydra.sweeper.params sweeps {', '.join(missing)}, which no YAML of the tree lists. Write {typed} there"
+        )
 
 
 def job_config(cfg: DictConfig) -> DictConfig:
@@ -110,8 +124,9 @@ class clean_errors:
 
 def check_count(cfg: DictConfig, key: str, least: int) -> None:
     """Refuse a count that is no whole number or too small."""
-    if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < least:
-        raise ConfigError(f"{key}={cfg[key]!r}; valid: a whole number of {least} or more, e.g. {key}=4")
+    got = OmegaConf.select(cfg, key)
+    if not isinstance(got, int) or isinstance(got, bool) or got < least:
+        raise ConfigError(f"{key}={got!r}; valid: a whole number of {least} or more, e.g. {key}=4")
 
 
 def check_device(cfg: DictConfig) -> None:

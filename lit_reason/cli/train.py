@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def main() -> None:
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before training; the run-level values need no torch."""
     check_run(cfg)
+    _check_later_stages(cfg)
     parts = {stage: stage_config(cfg, stage) for stage in cfg.stages}
     stage_resume(cfg, cfg.stages[0])
     for look in (check_values, lambda part, stage: check_config(part)):
@@ -63,6 +65,17 @@ def check(cfg: DictConfig) -> None:
                 if len(parts) > 1:
                     error.add_note(f"in the stage {stage}; {stage}.KEY=VALUE sets a key for this stage only")
                 raise
+
+
+def _check_later_stages(cfg: DictConfig) -> None:
+    for stage in cfg.stages[1:]:
+        for key in ("model", "init"):
+            if key in (cfg.get(stage) or {}):
+                typed = "model.KEY=VALUE" if key == "model" else "init=NAME"
+                raise ConfigError(
+                    f"{stage}.{key} is set, but {stage} takes the model that the stage before it leaves. "
+                    f"Leave it out; type {typed} to set it for the whole run"
+                )
 
 
 def run(cfg: DictConfig) -> Path:
@@ -100,8 +113,8 @@ def run_stage(cfg: DictConfig, stage: str, resume: str, weights: Path | None) ->
     cfg.resume = resume
     settings = _settings(cfg)
     with RunDir(cfg.run_dir, locked=LOCKED) as directory:
-        directory.start(settings, resume=resume)
-        done = Done(directory.path / DONE)
+        directory.start(settings, resume=resume, fill=partial(_filled, cfg))
+        done = Done(directory.path / DONE, fill=partial(_filled, cfg))
         if resume == "auto" and (found := done.weights(settings)):
             log.info("stage %s: already done, %s", stage, found)
             return found
@@ -121,10 +134,14 @@ def stage_functions() -> Mapping[str, Callable[[DictConfig, Path | None], Path]]
 
 
 class Done:
-    """`done.json`: the settings with which a stage reached its goal, and where its weights are."""
+    """`done.json`: the settings with which a stage reached its goal, and where its weights are.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        fill: adds to saved settings the defaults of parameters that did not exist when they were saved.
+    """
+
+    def __init__(self, path: Path, fill: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        self.path, self._fill = path, fill
 
     def write(self, weights: Path, settings: Mapping[str, Any]) -> None:
         record = {"weights": os.path.relpath(weights, self.path.parent), "settings": _decisive(settings)}
@@ -140,7 +157,7 @@ class Done:
         if not self.path.is_file():
             return None
         record = json.loads(self.path.read_text(encoding="utf-8"))
-        now, then = _decisive(settings), record["settings"]
+        now, then = _decisive(settings), _decisive(self._fill(_nested(record["settings"])))
         weights = (self.path.parent / record["weights"]).resolve()
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:
@@ -158,6 +175,11 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key != "resume"}
 
 
+def _filled(cfg: DictConfig, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings with the defaults that they leave out: a parameter that is new since then is no change."""
+    return with_defaults(dict(saved), cfg.allow_targets, HANDED_IN, lenient=True)
+
+
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings that decide a stage's numbers, how far it goes and how it is evaluated."""
     flat = dict(_flatten(settings))
@@ -172,6 +194,17 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return tree
 
 
 def stage_resume(cfg: DictConfig, stage: str) -> str:

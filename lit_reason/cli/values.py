@@ -6,12 +6,14 @@ or start something is not: data, engines, loggers, callbacks, a user's own rewar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.cli.build import checked_build
-from lit_reason.errors import ConfigError
+from lit_reason.cli.launch import check_count
+from lit_reason.errors import ConfigError, nearest
 
 # Arguments that the run hands in itself, and what sets each. A key of that name would be overwritten in silence.
 HANDED_IN = {
@@ -44,6 +46,11 @@ def check_values(cfg: DictConfig, stage: str) -> None:
         if OmegaConf.select(cfg, key) is not None:
             instead = f". Type {typed}" if typed else ""
             raise ConfigError(f"{key} is set by the run itself; leave it out{instead}")
+    _check_number(cfg, "router_bias_rate", example=0.001)
+    if stage != "pretrain":
+        _check_evaluation(cfg)
+    if stage != "rl":
+        _check_supervised(cfg, "text" if stage == "pretrain" else "priming")
     _check_accelerator(cfg.trainer)
     steps = _check_rl(cfg) if stage == "rl" else _check_length(cfg.trainer)
     checked_build(cfg, "model")
@@ -55,6 +62,40 @@ def check_values(cfg: DictConfig, stage: str) -> None:
         )
     if stage != "pretrain":
         _check_rewards(cfg)
+        _check_engine(cfg)
+
+
+def _check_number(cfg: DictConfig, key: str, example: float, most: float = math.inf) -> None:
+    got = OmegaConf.select(cfg, key)
+    if not isinstance(got, int | float) or isinstance(got, bool) or not (0 <= got <= most and math.isfinite(got)):
+        valid = "0 or more" if most == math.inf else f"from 0 to {most}"
+        raise ConfigError(f"{key}={got!r}; valid: a number {valid}, e.g. {key}={example}")
+
+
+def _check_evaluation(cfg: DictConfig) -> None:
+    for key in ("evaluation.n", "evaluation.k"):
+        check_count(cfg, key, least=0)
+    _check_number(cfg, "rollout.max_fault_fraction", example=0.01, most=1)
+
+
+def _check_supervised(cfg: DictConfig, key: str) -> None:
+    """What `text` or `priming` would refuse once its data are read; what it leaves out is right."""
+    node = OmegaConf.select(cfg, key)
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{key}={node!r}; valid: a node with a _target_, as in conf/lit_reason.yaml. Leave {key} out")
+    if not str(node.get("_target_")).startswith("lit_reason.data."):
+        return
+
+    from lit_reason.data.solvers import STYLES
+
+    for name, least in (("seq_len", 2 if key == "text" else 1), ("batch_size", 1), ("n_examples", 1)):
+        if name in node and not (name == "n_examples" and node[name] is None):
+            check_count(cfg, f"{key}.{name}", least)
+    for name in ("bare_fraction", "facts_fraction", "terse_fraction"):
+        if name in node:
+            _check_number(cfg, f"{key}.{name}", example=0.2, most=1)
+    if node.get("style", "steps") not in STYLES:
+        raise ConfigError(f"{key}.style={node.style!r}: {nearest(str(node.style), STYLES)}. Type {key}.style=NAME")
 
 
 def _check_accelerator(trainer: DictConfig) -> None:
@@ -83,7 +124,8 @@ def _check_rl(cfg: DictConfig) -> int:
     from lit_reason.objectives import check_group_size
 
     check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
-    return shape.rounds * shape.updates
+    steps, most = shape.rounds * shape.updates, cfg.trainer.get("max_steps")
+    return min(steps, most) if isinstance(most, int) and most > 0 else steps
 
 
 def _check_one_process(trainer: Any) -> None:
@@ -105,6 +147,9 @@ def _check_schedule(optimizer: Any, steps: int) -> None:
 
 def _check_rewards(cfg: DictConfig) -> None:
     nodes = cfg.get("reward") or OmegaConf.create()
+    for name in map(str, nodes):
+        if not OmegaConf.is_dict(nodes[name]):
+            raise ConfigError(f"reward.{name}={nodes[name]!r} is no reward. To leave it out type '~reward.{name}'")
     ours = [str(name) for name in nodes if str(OmegaConf.select(nodes, f"{name}._target_")).startswith("lit_reason.")]
     rewards = {name: checked_build(cfg, f"reward.{name}") for name in ours}
 
@@ -112,3 +157,15 @@ def _check_rewards(cfg: DictConfig) -> None:
 
     if ours or not nodes:
         Rubric(rewards)
+
+
+def _check_engine(cfg: DictConfig) -> None:
+    """Our engine keeps the tokenizer and looks at plain values; another one may start something."""
+    if not str(OmegaConf.select(cfg, "rollout.engine._target_")).startswith("lit_reason.rollout."):
+        return
+
+    from lit_reason.rollout import BuiltinEngine
+
+    engine = checked_build(cfg, "rollout.engine")
+    if getattr(engine, "func", None) is BuiltinEngine:
+        engine(tokenizer=None)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union
 from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.config.instantiate import DIRECTIVES, allowed_prefixes, check_directives, iter_targets
-from lit_reason.config.parameters import parameters
+from lit_reason.config.parameters import parameters, takes_any
 from lit_reason.config.resolve import to_plain
 from lit_reason.config.stage import STAGES
 from lit_reason.config.targets import check_prefixes, locate
@@ -99,10 +99,10 @@ def check_node(path: str, node: Mapping[str, Any], target: Any, provided: Collec
     """Hold one node's keys and values against its target's signature."""
     where = f"{path}." if path else ""
     by_name = parameters(target)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    open_ended = takes_any(target)
     given = [str(k) for k in node if k not in DIRECTIVES]
     for key in given:
-        if key not in by_name and not takes_any:
+        if key not in by_name and not open_ended:
             raise ConfigError(
                 f"unknown key {where}{key} ({node['_target_']} has no such parameter): {nearest(key, by_name)}"
             )

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_reason.config.parameters import find, may_add, node_parameters
+from lit_reason.config.parameters import find, is_open, may_add, node_parameters
 from lit_reason.config.stage import STAGES, without_hydra
 from lit_reason.errors import ConfigError, UnsafeTargetError, nearest
 
@@ -73,30 +73,44 @@ def with_additions(config_name: str, overrides: Sequence[str], config_dir: str |
         >>> with_additions("train", ["model.rope_theta=5e5", "model.width=64"])
         ['++model.rope_theta=5e5', 'model.width=64']
     """
+    kept = list(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(kept)
         # Keys are looked up in the tree as the choices, additions and deletions make it.
         kept = [str(o.input_line) for o in parsed if not _sets_a_value(o)]
         if len(kept) == len(parsed):
             return list(overrides)
         tree = OmegaConf.to_container(_load(config_name, kept, config_dir, multirun=True))
-    except MISTAKES:
-        return list(overrides)  # the mistake is explained where the tree is composed
-    return [f"++{o.input_line}" if _sets_a_value(o) and _adds(tree, o) else str(o.input_line) for o in parsed]
+    except MISTAKES as error:  # not left to the whole line: there, what waits for its `++` would be blamed
+        raise _explain(error, config_name, kept, config_dir, multirun=True) from error
+    added = []
+    for override in parsed:
+        new, unknown = _new_keys(tree, override) if _sets_a_value(override) else ([], [])
+        if new and unknown:
+            raise _unknown_key(unknown[0], "", config_name, kept, config_dir)
+        added.append(f"++{override.input_line}" if new else str(override.input_line))
+    return added
 
 
 def _sets_a_value(override: Override) -> bool:
     """Whether it changes a value below the root, rather than a choice, a run-level value or which keys there are."""
     changes = not (override.is_delete() or override.is_add() or override.is_force_add())
     key = override.key_or_group
-    return changes and not key.endswith("_target_") and ("." in key or isinstance(_value(override), dict))
+    if not changes or key.endswith("_target_") or key.split(".")[0] == "hydra":
+        return False
+    return "." in key or isinstance(_value(override), dict)
 
 
-def _adds(tree: Any, override: Override) -> bool:
-    """Whether all that it sets may stand in the tree and something of it does not yet."""
-    paths = list(_leaves(_value(override), override.key_or_group))
-    new = [path for path in paths if find(tree, path)[1]]
-    return bool(new) and all(may_add(tree, path, tree.get("allow_targets") or ()) for path in new)
+def _new_keys(tree: Any, override: Override) -> tuple[list[str], list[str]]:
+    """Of the keys that it sets and the tree does not hold: those that may be added, and those that may not."""
+    new, unknown = [], []
+    for path in _leaves(_value(override), override.key_or_group):
+        node, missing = find(tree, path)
+        if missing and may_add(tree, path, tree.get("allow_targets") or ()):
+            new.append(path)
+        elif missing and isinstance(node, Mapping):  # in place of a plain value Hydra takes a mapping as it is
+            unknown.append(path)
+    return new, unknown
 
 
 def _value(override: Override) -> Any:
@@ -192,7 +206,7 @@ def _unknown_key(key: str, text: str, name: str, overrides: list[str], config_di
         hint = nearest(key, [k for k in beside if "." not in k])
     if removal:
         return ConfigError(f"~{key} removes nothing, there is no such key: {hint}")
-    own = "" if "_target_" in node else f" (a new key of your own: +{key}=VALUE)"
+    own = "" if not is_open(node, tree.get("allow_targets") or ()) else f" (a new key of your own: +{key}=VALUE)"
     return ConfigError(
         f"unknown key {key}: {hint}. Type one of these as key=value{own}; 'lit-reason-{name} --cfg job' prints the tree"
     )
@@ -211,7 +225,8 @@ def _parent(tree: Any, key: str, of_block: bool) -> tuple[str, Mapping[str, Any]
 
 def _known(bad: str, name: str, overrides: list[str], config_dir: str | None) -> tuple[Any, list[str]]:
     """The tree and its groups, composed without the bad override and, if that fails, without any."""
-    kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] != bad and "hydra" not in o]
+    kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] != bad]
+    kept = [o for o in kept if "hydra" not in o or o.startswith("hydra.searchpath=")]
     for attempt in (kept, []):
         try:
             cfg = _load(name, attempt, config_dir, multirun=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_reason.config.stage import STAGES
 from lit_reason.config.targets import locate
+from lit_reason.errors import ConfigError, UnsafeTargetError
 
 PLAIN = (type(None), bool, int, float, str)
 # Their defaults are theirs: a record of ours lists what a YAML or a command line sets.
@@ -15,17 +16,39 @@ FOREIGN = ("torch.", "lightning.", "transformers.")
 
 
 def parameters(target: Any) -> dict[str, inspect.Parameter]:
-    """The named parameters of a class or function; `**kwargs` names none."""
-    found = inspect.signature(target).parameters.values()
+    """The named parameters of a class or function; `**kwargs` names none, nor does a class written in C."""
+    found = _signature(target) or []
     return {p.name: p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def takes_any(target: Any) -> bool:
+    """Whether every name may be handed in: there is a `**kwargs`, or nobody can tell (`datetime.timedelta`)."""
+    found = _signature(target)
+    return found is None or any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def _signature(target: Any) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except ValueError:  # a builtin that states none
+        return None
 
 
 def node_parameters(node: Any, allow_targets: Sequence[str] = ()) -> list[str]:
     """Names of the parameters of a node's `_target_`, none without one or with an interpolated one."""
+    target = _node_target(node, allow_targets)
+    return [] if target is None else list(parameters(target))
+
+
+def is_open(node: Any, allow_targets: Sequence[str] = ()) -> bool:
+    """Whether a node may hold keys that nothing names: it has no `_target_`, or one that takes any."""
+    target = _node_target(node, allow_targets)
+    return target is None or takes_any(target)
+
+
+def _node_target(node: Any, allow_targets: Sequence[str]) -> Any:
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    if target is None or "${" in str(target):
-        return []
-    return list(parameters(locate(target, allow_targets)))
+    return None if target is None or "${" in str(target) else locate(target, allow_targets)
 
 
 def find(tree: Any, path: str) -> tuple[Any, list[str]]:
@@ -43,8 +66,8 @@ def may_add(tree: Any, path: str, allow_targets: Sequence[str] = ()) -> bool:
 
     Example::
 
-        >>> tree = {"model": {"_target_": "lit_reason.models.ModelConfig"}, "sft": {}}
-        >>> may_add(tree, "model.rope_theta"), may_add(tree, "sft.model.rope_theta"), may_add(tree, "model.rope")
+        >>> tree = {"optimizer": {"_target_": "lit_reason.optim.AdamW"}, "sft": {}}
+        >>> may_add(tree, "optimizer.betas"), may_add(tree, "sft.optimizer.betas"), may_add(tree, "optimizer.beta")
         (True, True, False)
     """
     node, missing = find(tree, path)
@@ -54,7 +77,13 @@ def may_add(tree: Any, path: str, allow_targets: Sequence[str] = ()) -> bool:
     return stage in STAGES and bool(rest) and (not find(tree, rest)[1] or may_add(tree, rest, allow_targets))
 
 
-def with_defaults(node: Any, allow_targets: Sequence[str] = (), leave_out: Collection[str] = (), path: str = "") -> Any:
+def with_defaults(
+    node: Any,
+    allow_targets: Sequence[str] = (),
+    leave_out: Collection[str] = (),
+    path: str = "",
+    lenient: bool = False,
+) -> Any:
     """`node` with every plain default that it leaves to its target, so that a record of it is complete.
 
     Two trees that build the same objects compare equal, whichever defaults they spell out, and a record still says
@@ -62,15 +91,22 @@ def with_defaults(node: Any, allow_targets: Sequence[str] = (), leave_out: Colle
 
     Args:
         leave_out: dotted keys that code hands in.
+        lenient: leave a node as it is whose target no longer exists, as in an old record.
     """
     if isinstance(node, list):
-        return [with_defaults(child, allow_targets, leave_out, f"{path}[{i}]") for i, child in enumerate(node)]
+        return [with_defaults(v, allow_targets, leave_out, f"{path}[{i}]", lenient) for i, v in enumerate(node)]
     if not isinstance(node, dict):
         return node
     at = f"{path}." if path else ""
-    filled = {k: with_defaults(v, allow_targets, leave_out, f"{at}{k}") for k, v in node.items()}
+    filled = {k: with_defaults(v, allow_targets, leave_out, f"{at}{k}", lenient) for k, v in node.items()}
     if "_target_" in node and not str(node["_target_"]).startswith(FOREIGN):
-        for name, parameter in parameters(locate(node["_target_"], allow_targets, path)).items():
+        try:
+            target = locate(node["_target_"], allow_targets, path)
+        except (ConfigError, UnsafeTargetError, ImportError):
+            if lenient:
+                return filled
+            raise
+        for name, parameter in parameters(target).items():
             if f"{at}{name}" not in leave_out and _is_plain(parameter.default):
                 value = parameter.default
                 filled.setdefault(name, list(value) if isinstance(value, tuple) else value)

@@ -11,10 +11,12 @@ from hydra.core.global_hydra import GlobalHydra
 from lit_reason import zoo
 from lit_reason.cli import eval as eval_script
 from lit_reason.cli import generate, stages, train
-from lit_reason.cli.launch import check_device, pick_device
-from lit_reason.config.compose import compose
+from lit_reason.cli.launch import check_device, pick_device, preflight
+from lit_reason.config import stage_config
+from lit_reason.config.compose import compose, parse_argv
+from lit_reason.config.stage import without_hydra
 from lit_reason.data import ByteTokenizer
-from lit_reason.errors import ConfigError
+from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.models import ModelConfig, Transformer
 
 SMALL = [
@@ -77,6 +79,19 @@ def test_a_mistake_in_one_value_of_a_sweep_stops_before_job_one(folder, capsys):
     assert "gpdo" in capsys.readouterr().err and list(folder.iterdir()) == []
 
 
+def test_a_yamls_own_sweep_of_an_unlisted_parameter_names_the_key_to_write(folder, capsys):
+    (folder / "conf" / "hparams_search").mkdir(parents=True)
+    file = folder / "conf" / "hparams_search" / "decay.yaml"
+    text = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {KEY: '0.0,0.1'}}}\n"
+    file.write_text(text.replace("KEY", "optimizer.weight_decay"))
+    line = ["--config-dir", str(file.parents[1]), "hparams_search=decay"]
+    assert call(train.main, *line) == 2
+    assert "Write '++optimizer.weight_decay': VALUES there" in capsys.readouterr().err
+    for good in ("++optimizer.weight_decay", "optimizer.lr"):
+        file.write_text(text.replace("KEY", good))
+        preflight("train", parse_argv(line), train.check)
+
+
 def test_hydra_is_handed_the_plus_of_a_parameter_that_no_yaml_lists(folder, capsys):
     assert call(train.main, "--cfg", "job", "--package", "model", "model.rope_theta=5e5", "model.width=64") == 0
     said = capsys.readouterr().out
@@ -108,6 +123,25 @@ def test_three_stages_then_nothing_left_to_do_then_further(folder, monkeypatch, 
     ):
         assert call(train.main, *line, change) == 1
         assert said in capsys.readouterr().err
+
+
+def test_a_parameter_that_is_new_since_a_run_began_is_no_change(folder, monkeypatch):
+    """The run's records are those of a code whose classes had fewer parameters."""
+    line = ["stages=[pretrain]", "trainer.max_steps=5", "optimizer.warmup_steps=0", "run_dir=old"]
+    record, weights = folder / "old" / "pretrain", folder / "old" / "pretrain" / "model"
+    cfg = without_hydra(compose("train", line))
+    settings = train._settings(stage_config(cfg, "pretrain"))
+    for key in ("rope_theta", "yarn"):
+        del settings["model"][key]
+    weights.mkdir(parents=True)
+    (record / "checkpoints").mkdir()
+    (record / "checkpoints" / "step=5.ckpt").touch()
+    (record / "config.yaml").write_text(yaml.safe_dump(settings))
+    train.Done(record / "done.json", fill=dict).write(weights, settings)
+    monkeypatch.setattr(train, "stage_functions", dict)  # nothing can be trained
+    assert train.run(cfg) == weights
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta: got 500000\.0, saved 10000\.0"):
+        train.run(without_hydra(compose("train", [*line, "model.rope_theta=5e5"])))
 
 
 def test_a_stage_that_was_cut_off_goes_on_and_hands_its_weights_on(folder, monkeypatch):

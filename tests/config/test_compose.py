@@ -163,12 +163,42 @@ def test_the_shelfs_shape_does_not_hang_on_defaults_that_may_change():
         ("rollout.shape={rouds: 3}", r"unknown key rollout\.shape\.rouds: did you mean 'rollout\.shape\.rounds'"),
         ("resume=x/step=25.ckpt", """Type 'resume="x/step=25.ckpt"'"""),
         ("logger=null", "Got NoneType. Type GROUP=NAME"),
+        ("priming={style: columns, foo: 1}", r"unknown key priming\.foo: .*valid: priming\.batch_size"),
+        ("data.source={seed: 3, sise: 1}", r"unknown key data\.source\.sise: did you mean 'data\.source\.size'"),
     ],
 )
 def test_mistakes_are_explained(override, said):
     with pytest.raises(ConfigError, match=said) as caught:
         compose("train", ["seed=5", override] if not override.startswith(("seed", "+seed")) else [override])
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["model.rope_theta=5e5", "modle=tiny"], "unknown key modle: did you mean 'model'"),
+        (["logger=wandb", "logger.wandb.entity=me"], r"a new key of your own: \+logger\.wandb\.entity=VALUE"),
+    ],
+)
+def test_the_mistake_is_explained_and_not_what_stands_beside_it(line, said):
+    with pytest.raises(ConfigError, match=said):
+        compose("train", line)
+
+
+def test_the_search_path_of_the_line_holds_for_the_look_up_of_parameters(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 11\n")
+    line = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    cfg = compose("train", [*line, "model.rope_theta=5e5"])
+    assert (cfg.seed, cfg.model.rope_theta) == (11, 5e5)
+    with pytest.raises(ConfigError, match=r"unknown key model\.rope_tehta: did you mean 'model\.rope_theta'"):
+        compose("train", [*line, "model.rope_tehta=5e5"])
+
+
+def test_a_class_without_a_signature_takes_any_name():
+    cfg = without_hydra(compose("train", ["trainer.max_time={_target_: datetime.timedelta, hours: 8}"]))
+    check_config(stage_config(cfg, "rl"))
+    assert instantiate(cfg.trainer.max_time).total_seconds() == 8 * 3600
 
 
 def test_the_nearest_key_is_found_beside_other_group_choices():

@@ -3,6 +3,7 @@
 import pytest
 
 from lit_reason.config.parameters import may_add, with_defaults
+from lit_reason.errors import ConfigError
 
 TREE = {
     "model": {"_target_": "lit_reason.models.ModelConfig", "width": 64},
@@ -38,6 +39,14 @@ def test_a_default_that_is_spelt_out_changes_no_record():
     spelt_out = {**TREE, "model": {**TREE["model"], "rope_theta": 10_000.0, "yarn": None}}
     other = {**TREE, "model": {**TREE["model"], "rope_theta": 5e5}}
     assert with_defaults(spelt_out) == with_defaults(TREE) != with_defaults(other)
+
+
+def test_an_old_record_is_filled_around_what_no_longer_exists():
+    old = {**TREE, "reward": {"_target_": "lit_reason.rewards.GoneReward", "weight": 1.0}}
+    filled = with_defaults(old, lenient=True)
+    assert filled["reward"] == old["reward"] and filled["model"] == with_defaults(TREE)["model"]
+    with pytest.raises(ConfigError, match="GoneReward does not exist"):
+        with_defaults(old)
 
 
 def test_a_record_holds_plain_defaults_but_neither_lightnings_nor_what_code_hands_in():
