@@ -44,29 +44,38 @@ class Side:
     axes: dict[str, list[Any]]
 
 
-LIT = Side("lit_reason", "lit_side.py", {"micro_batch": 64}, {"micro_batch": [64, 32, 128, 256]})
+LIT = Side("lit_reason", "lit_side.py", {"micro_batch": 128}, {"micro_batch": [128, 32, 64, 256]})
 TRL = Side(
     "trl",
     "trl_side.py",
     {
-        "precision": "bf16-mixed",
+        "precision": "bf16",
         "experts": "grouped_mm",
         "attention": "eager",
-        "micro_batch": 128,
+        "micro_batch": 256,
         "checkpointing": False,
     },
     {
-        "precision": ["bf16-mixed", "bf16"],
+        "precision": ["bf16", "bf16-mixed"],
         "experts": ["grouped_mm", "eager"],
         "attention": ["eager", "sdpa"],
-        "micro_batch": [128, 64, 256],
+        "micro_batch": [256, 64, 128],
         "checkpointing": [False, True],
     },
 )
 
 # What TRL does when it is told nothing but the work: 8 sequences per backward pass, gradient checkpointing.
 TRL_DEFAULTS = Side(
-    "trl_defaults", TRL.script, TRL.best | {"attention": "sdpa", "micro_batch": 8, "checkpointing": True}, {}
+    "trl_defaults",
+    TRL.script,
+    {
+        "precision": "bf16-mixed",
+        "experts": "grouped_mm",
+        "attention": "sdpa",
+        "micro_batch": 8,
+        "checkpointing": True,
+    },
+    {},
 )
 SIDES = (LIT, TRL, TRL_DEFAULTS)
 
