@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_reason import zoo
 from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
+from lit_reason.checkpoint.atomic import write_bytes
 from lit_reason.cli.build import build
 from lit_reason.cli.values import HANDED_IN
 from lit_reason.config.parameters import with_defaults
@@ -239,4 +240,4 @@ def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData, device
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_bytes(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

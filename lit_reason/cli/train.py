@@ -144,8 +144,10 @@ class Done:
         self.path, self._fill = path, fill
 
     def write(self, weights: Path, settings: Mapping[str, Any]) -> None:
+        from lit_reason.checkpoint.atomic import write_bytes
+
         record = {"weights": os.path.relpath(weights, self.path.parent), "settings": _decisive(settings)}
-        self.path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_bytes(self.path, (json.dumps(record) + "\n").encode())  # a torn one would stop every later start
 
     def weights(self, settings: Mapping[str, Any]) -> Path | None:
         """The weights of a stage that is done, None when it is not.
