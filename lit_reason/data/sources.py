@@ -158,22 +158,25 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise DataError(f"no file {str(path)!r}; give the path of a .jsonl file with one JSON object per line")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _object(line, where)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; give a file that you may read") from error
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, thousands of open brackets
-            raise DataError(
-                f"{where}: not JSON ({error}); repair or remove this line (valid: one object per line, in UTF-8)"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f'{where}: got {type(row).__name__}, expected an object like {{"question": ...}}')
-        yield where, row
+
+
+def _object(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, thousands of open brackets
+        raise DataError(
+            f"{where}: not JSON ({error}); repair or remove this line (valid: one object per line, in UTF-8)"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: got {type(row).__name__}, expected an object like {{"question": ...}}')
+    return row
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:

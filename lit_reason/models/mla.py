@@ -46,7 +46,7 @@ class MLA(nn.Module):
         Args:
             x: (B, T, D), or (N, D) packed.
             rotation: rotations of the tokens' positions, broadcastable to (*tokens, R/2).
-            attend: which token sees which (`attention.causal`, `Packed.attend`).
+            attend: which token sees which (`attention.causal`, `Packed.attention`).
             cache_BSC: the latents of positions 0..T-1 are written into it when it is given.
         """
         q_nope, q_rope = self._queries(x, rotation)

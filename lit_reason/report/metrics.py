@@ -141,12 +141,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("expert/dead", "experts of any layer that got no token in the step", "0", "raise the bias rate", high=0),
     Metric("speed/generate_tokens_per_s", "sampled tokens per second", "constant", "falls: completions grow"),
     Metric("speed/score_per_s", "completions scored per second", "far above generation", "falls: a verifier hangs"),
-    Metric(
-        "speed/train_tokens_per_s",
-        "tokens trained per second",
-        "constant",
-        "falls: a busy machine",
-    ),
+    Metric("speed/train_tokens_per_s", "tokens trained per second", "constant", "falls: a busy machine"),
     Metric("speed/sync_s", "seconds to push the weights to the engine", "well below a step", "use a nearer engine"),
     Metric("lr/<role>", "learning rate of one parameter role", "as scheduled", "0 too early: check max_steps"),
     Metric(
