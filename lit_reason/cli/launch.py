@@ -2,8 +2,8 @@
 
     argv -> compose -> check (exit code 2 and one message, nothing written) -> hydra.main -> task(cfg)
 
-Exit codes: 0 done; 2 the configuration cannot be run; 1 anything else that went wrong. `HYDRA_FULL_ERROR=1` shows the
-traceback of every error.
+Exit codes: 0 done; 2 the configuration cannot be run; 130 interrupted; 1 anything else that went wrong.
+`HYDRA_FULL_ERROR=1` shows the traceback of every error.
 """
 
 from __future__ import annotations
@@ -109,13 +109,18 @@ def print_config(cfg: DictConfig) -> None:
 
 
 class clean_errors:
-    """A LitReasonError becomes its message on stderr and an exit code; every other error passes."""
+    """A LitReasonError or Ctrl-C becomes its message on stderr and an exit code; every other error passes."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, LitReasonError) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            return
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, LitReasonError):
             return
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         print(f"{type(error).__name__}: {error}{notes}", file=sys.stderr)

@@ -129,30 +129,37 @@ def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
     return build(cfg, "trainer", **{k: v for k, v in defaults.items() if k not in cfg.trainer}, **kwargs)()
 
 
-def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any) -> None:
-    checkpoint = find_resume(cfg.run_dir, cfg.resume)
-    if checkpoint is not None:
-        print(f"resuming from {checkpoint}")
+def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any, checkpoint: Path | None) -> None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     goal = 1 if cfg.trainer.get("fast_dev_run") else int(trainer.estimated_stepping_batches)
     if trainer.global_step < goal:  # a run that did not get there must not look like one that did
         raise LitReasonError(f"training ended at step {trainer.global_step} of {goal}; the same command goes on")
 
 
+def resume_point(cfg: DictConfig) -> Path | None:
+    """The checkpoint to go on from; asked first, so that a damaged one is refused before any work."""
+    checkpoint = find_resume(cfg.run_dir, cfg.resume)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
 def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:
     """Next-token training on plain worked problems."""
+    checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     text = build(cfg, "text")(data=data, seed=cfg.seed)
-    _fit(cfg, make_trainer(cfg), PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text)
+    _fit(cfg, make_trainer(cfg), PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text, checkpoint)
     return save_model(cfg, model, data)
 
 
 def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     """Priming on a few worked solutions in the chat template; the result is evaluated."""
+    checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
     trainer = make_trainer(cfg)
-    _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions)
+    _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions, checkpoint)
     if cfg.evaluation.n:
         report = evaluate_model(cfg, model, data, trainer.strategy.root_device)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
@@ -163,6 +170,7 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
 
 def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     """Reinforcement learning with verifiable rewards; writes `summary.json` with the before/after comparison."""
+    checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
@@ -193,7 +201,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     )
     device = trainer.strategy.root_device
     before = evaluate_model(cfg, model, data, device) if cfg.evaluation.n else None
-    _fit(cfg, trainer, policy, loop)
+    _fit(cfg, trainer, policy, loop, checkpoint)
     if before is not None:
         comparison = compare(before, evaluate_model(cfg, model, data, device))
         rich.print(comparison.table())

@@ -25,7 +25,7 @@ from lit_reason.errors import ConfigError, nearest
 
 
 def check_run(cfg: DictConfig) -> None:
-    """Run-level values: stages, resume, seed, tags, and that no mandatory value (`???`) is left open."""
+    """Run-level values: stages, resume, run_dir, seed, tags, and that no mandatory value (`???`) is left open."""
     missing = sorted(_missing(OmegaConf.to_container(cfg), ""))
     if missing:
         typed = " ".join(f"{key}=VALUE" for key in missing)
@@ -35,6 +35,8 @@ def check_run(cfg: DictConfig) -> None:
         _check_stages(cfg.stages)
     if "resume" in cfg:
         _check_resume(str(cfg.resume))
+    if "run_dir" in cfg:
+        _check_run_dir(Path(cfg.run_dir))
     seed = cfg.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed={seed!r}; valid: a whole number of 0 or more, e.g. seed=1")
@@ -68,6 +70,12 @@ def _check_resume(resume: str) -> None:
         raise ConfigError(
             f"resume={resume}: {nearest(resume, ['auto', 'never'])}, or the path of a checkpoint that exists"
         )
+
+
+def _check_run_dir(path: Path) -> None:
+    for folder in (path, *path.parents):
+        if folder.is_file():
+            raise ConfigError(f"run_dir={path}: {folder} is a file. Type run_name=ANOTHER or run_dir=PATH")
 
 
 def check_config(

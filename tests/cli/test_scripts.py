@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def call(main, *argv):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def test_ctrl_c_outside_training_is_a_line_and_not_a_traceback(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "evaluate_model", interrupt)
+    assert call(train.main, "init=null", *SMALL) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_looked_for_before_anything_is_evaluated(monkeypatch, capsys):
+    monkeypatch.setattr(stages, "evaluate_model", lambda *args: pytest.fail("evaluated"))
+    (broken := Path("empty")).mkdir()
+    assert call(train.main, "init=null", f"resume={broken}", *SMALL) == 1
+    assert "no finished checkpoint" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)
@@ -158,8 +175,7 @@ def test_a_stage_that_was_cut_off_goes_on_and_hands_its_weights_on(folder, monke
         return functions["sft"](cfg, weights)
 
     monkeypatch.setattr(train, "stage_functions", lambda: {"pretrain": cut_off})
-    with pytest.raises(KeyboardInterrupt):
-        call(train.main, *line)
+    assert call(train.main, *line) == 130
     GlobalHydra.instance().clear()
     run = folder / "runs" / "arith_from_scratch-1"
     assert not (run / "pretrain" / "done.json").exists()

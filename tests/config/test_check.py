@@ -96,6 +96,13 @@ def test_run_level_mistakes(change, said):
         check_run(OmegaConf.create(RUN | change))
 
 
+@pytest.mark.parametrize("run_dir", ["taken", "taken/below"])
+def test_a_run_dir_that_is_a_file(tmp_path, run_dir):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match=r"taken is a file\. Type run_name="):
+        check_run(OmegaConf.create(RUN | {"run_dir": str(tmp_path / run_dir)}))
+
+
 def test_a_stage_sees_its_own_block_and_folder():
     cfg = OmegaConf.create(
         RUN
