@@ -75,7 +75,7 @@ class SFTData(LightningDataModule):
         batch_size: pairs per batch and process.
         seed: of the epochs' orders.
         style: `"steps"` or `"columns"`.
-        terse_fraction: share of problems primed with an empty thought (`priming`).
+        terse_fraction, terse_min_lines: share of problems primed with an empty thought, and which (`priming`).
         val_examples: held-out problems for a validation loss; 0 has none.
 
     YAML::
@@ -95,12 +95,13 @@ class SFTData(LightningDataModule):
         seed: int = 0,
         style: str = "steps",
         terse_fraction: float = 0.0,
+        terse_min_lines: int = 1,
         val_examples: int = 0,
     ) -> None:
         super().__init__()
         self.data, self.n_examples, self.seq_len = data, n_examples, seq_len
         self.batch_size, self.seed, self.style, self.val_examples = batch_size, seed, style, val_examples
-        self.terse_fraction = terse_fraction
+        self.terse_fraction, self.terse_min_lines = terse_fraction, terse_min_lines
 
     def train_dataloader(self) -> CursorLoader:
         pairs = self._pairs(self.data.train_prompts(self.n_examples))
@@ -117,7 +118,8 @@ class SFTData(LightningDataModule):
         ]
 
     def _pairs(self, prompts) -> list[Pair]:
-        pairs = priming(prompts, self.data.tokenizer, self.data.chat, self.style, self.terse_fraction)
+        terse = self.terse_fraction, self.terse_min_lines
+        pairs = priming(prompts, self.data.tokenizer, self.data.chat, self.style, *terse)
         for prompt, (head, tail) in zip(prompts, pairs, strict=True):
             if (length := len(head) + len(tail)) > self.seq_len:
                 raise DataError(

@@ -21,6 +21,7 @@ def priming(
     chat: ChatTemplate | None = None,
     style: str = "steps",
     terse_fraction: float = 0.0,
+    terse_min_lines: int = 1,
 ) -> list[Pair]:
     """(prompt ids, completion ids) of each prompt, in order; the completion ends in the stop token.
 
@@ -30,6 +31,7 @@ def priming(
     Args:
         terse_fraction: share (0..1) of prompts, by their hash, whose thought is left empty. A policy primed on both
             kinds has yet to find out, by reinforcement learning, that working a problem out pays.
+        terse_min_lines: only thoughts of at least this many lines are left empty: 2 leaves one-step problems alone.
     """
     if not 0.0 <= terse_fraction <= 1.0:
         raise ConfigError(f"got terse_fraction={terse_fraction}; give a number from 0 to 1, e.g. 0.5")
@@ -42,7 +44,8 @@ def priming(
             unsolved[prompt.source] += 1
             continue
         thought, answer = solution
-        if held_out(prompt_id(f"terse {prompt.id}"), terse_fraction):  # the same hash, of another text: another draw
+        long = len(thought.splitlines()) >= terse_min_lines
+        if long and held_out(prompt_id(f"terse {prompt.id}"), terse_fraction):  # the split's hash, of another text
             thought = ""
         pairs.append((chat.prompt_ids(tokenizer, prompt.question), chat.solution_ids(tokenizer, thought, answer)))
     if unsolved:

@@ -1,5 +1,6 @@
 """Batches count what they should, text holds nothing held out, and a Lightning run resumes on the very next batch."""
 
+import re
 from functools import partial
 from itertools import chain
 
@@ -11,6 +12,7 @@ from lit_reason.data import CursorLoader, PromptData, ReasoningGym, SFTData, Tex
 from lit_reason.data.corpus import FACT_QUESTIONS, documents, pack
 from lit_reason.data.loader import pair_batch, text_batch
 from lit_reason.data.questions import held_out
+from lit_reason.data.solvers import fact
 from lit_reason.errors import ConfigError, DataError
 from lit_reason.types import Prompt
 
@@ -261,5 +263,11 @@ def test_terse_fraction_empties_that_share_of_thoughts_and_no_answer():
         assert is_terse or got == want
         answer = data.tokenizer.decode(got).split("<answer>")[1]
         assert answer == data.tokenizer.decode(want).split("<answer>")[1]
+    source = ReasoningGym({"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}, size=200)
+    data = PromptData(source)
+    prompts = data.train_prompts()
+    texts = [data.tokenizer.decode(ids) for _, ids in priming(prompts, data.tokenizer, data.chat, "steps", 1.0, 2)]
+    steps = [len(re.findall("[+-]", fact(prompt, "expression"))) for prompt in prompts]
+    assert {1, 2} == set(steps) and [text.startswith("<think></think>") for text in texts] == [n == 2 for n in steps]
     with pytest.raises(ConfigError, match="terse_fraction=2"):
         priming(prompts, data.tokenizer, data.chat, terse_fraction=2)
