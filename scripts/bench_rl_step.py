@@ -64,6 +64,14 @@ TRL = Side(
     },
 )
 
+# The rival with our numerics: float32 weights, autocast. Bfloat16 weights are faster and lose small updates.
+TRL_MIXED = Side(
+    "trl_mixed",
+    TRL.script,
+    TRL.best | {"precision": "bf16-mixed"},
+    {axis: values for axis, values in TRL.axes.items() if axis != "precision"},
+)
+
 # What TRL does when it is told nothing but the work: 8 sequences per backward pass, gradient checkpointing.
 TRL_DEFAULTS = Side(
     "trl_defaults",
@@ -77,7 +85,8 @@ TRL_DEFAULTS = Side(
     },
     {},
 )
-SIDES = (LIT, TRL, TRL_DEFAULTS)
+SIDES = (LIT, TRL, TRL_MIXED, TRL_DEFAULTS)
+RATIOS = {TRL.name: "ratio_", TRL_MIXED.name: "ratio_to_mixed_", TRL_DEFAULTS.name: "ratio_to_defaults_"}
 
 
 def trl_python(environment: Path) -> Path:
@@ -137,9 +146,9 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """min / median / max of each measurement over a side's runs, and of the ratios of neighbouring runs."""
     keys = ("tokens_per_s", "step_s", "generate_s", "train_s", "generate_tokens_per_s", "peak_rss_mib")
     out: dict[str, Any] = {side: {k: spread([r[k] for r in rs]) for k in keys} for side, rs in runs.items()}
-    for rival, prefix in ((TRL, "ratio_"), (TRL_DEFAULTS, "ratio_to_defaults_")):
-        if LIT.name in runs and rival.name in runs:
-            pairs = list(zip(runs[LIT.name], runs[rival.name], strict=True))
+    for rival, prefix in RATIOS.items():
+        if LIT.name in runs and rival in runs:
+            pairs = list(zip(runs[LIT.name], runs[rival], strict=True))
             for key in ("tokens_per_s", "generate_tokens_per_s", "peak_rss_mib"):
                 out[prefix + key] = spread([ours[key] / theirs[key] for ours, theirs in pairs])
             out[prefix + "train_speed"] = spread([theirs["train_s"] / ours["train_s"] for ours, theirs in pairs])
@@ -177,15 +186,10 @@ def print_table(record: dict[str, Any]) -> None:
         cells = (record["summary"][name][key] for name in sides)
         text = (f"{c['median']:,.{digits}f} ({c['min']:,.{digits}f} .. {c['max']:,.{digits}f})" for c in cells)
         print(f"{label:22}" + "".join(f"{cell:>30}" for cell in text))
-    for key, label in (
-        ("ratio_tokens_per_s", "tokens/s, ours over TRL's"),
-        ("ratio_peak_rss_mib", "memory, same"),
-        ("ratio_to_defaults_tokens_per_s", "tokens/s, ours over TRL's with its defaults"),
-        ("ratio_to_defaults_peak_rss_mib", "memory, same"),
-    ):
-        if key in record["summary"]:
-            r = record["summary"][key]
-            print(f"{label}: {r['median']:.2f} ({r['min']:.2f} .. {r['max']:.2f})")
+    for rival, prefix in RATIOS.items():
+        for key, label in (("tokens_per_s", "tokens/s"), ("peak_rss_mib", "memory")):
+            if r := record["summary"].get(prefix + key):
+                print(f"{label}, ours over {rival}'s: {r['median']:.2f} ({r['min']:.2f} .. {r['max']:.2f})")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Work]:
@@ -227,7 +231,7 @@ def main() -> int:
     path = ROOT / "benchmarks" / "rl_step" / f"{args.name or time.strftime('%Y%m%d') + '-' + cpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path}")
     return 0
 
 

@@ -88,12 +88,8 @@ def _check_supervised(cfg: DictConfig, key: str) -> None:
 
     from lit_reason.data.solvers import STYLES
 
-    for name, least in (
-        ("seq_len", 2 if key == "text" else 1),
-        ("batch_size", 1),
-        ("n_examples", 1),
-        ("terse_min_lines", 1),
-    ):
+    counts = {"seq_len": 2 if key == "text" else 1, "batch_size": 1, "n_examples": 1, "terse_min_lines": 1}
+    for name, least in counts.items():
         if name in node and not (name == "n_examples" and node[name] is None):
             check_count(cfg, f"{key}.{name}", least)
     for name in ("bare_fraction", "facts_fraction", "terse_fraction"):

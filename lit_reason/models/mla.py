@@ -73,7 +73,7 @@ class MLA(nn.Module):
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
         q_latent_HBC = torch.bmm(q_nope_BHN.transpose(0, 1), k_HNC)
         q_BHC = torch.cat((q_latent_HBC.transpose(0, 1), q_rope_BHR), dim=-1) * self.scale
-        weights_BHS = torch.bmm(q_BHC, cache_BSC.transpose(1, 2)).add_(at.bias_B1S).softmax(-1)
+        weights_BHS = torch.baddbmm(at.bias_B1S, q_BHC, cache_BSC.transpose(1, 2)).softmax(-1)
         # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
         out_BHC = torch.bmm(weights_BHS, cache_BSC)[..., : self.latent]
         out_HBV = torch.bmm(out_BHC.transpose(0, 1), v_HVC.transpose(1, 2))

@@ -56,6 +56,8 @@ def test_speed_table_states_median_and_extremes(tables):
             "trl": side(10_000.0),
             "ratio_tokens_per_s": {"min": 2.5, "median": 3.0, "max": 3.5},
             "ratio_peak_rss_mib": {"min": 0.5, "median": 0.6, "max": 0.7},
+            "ratio_to_mixed_tokens_per_s": {"min": 3.5, "median": 4.0, "max": 4.25},
+            "ratio_to_mixed_peak_rss_mib": {"min": 0.6, "median": 0.7, "max": 0.8},
             "ratio_to_defaults_tokens_per_s": {"min": 4.5, "median": 5.0, "max": 5.5},
             "ratio_to_defaults_peak_rss_mib": {"min": 0.8, "median": 0.9, "max": 1.0},
         },
@@ -63,4 +65,6 @@ def test_speed_table_states_median_and_extremes(tables):
     table = tables.speed_table(record)
     assert "| completion tokens/s | 30,000 (29,990 to 30,010) | 10,000 (9,990 to 10,010) |" in table
     assert "**3.00 (2.50 to 3.50)**" in table
+    assert "autocast): 4.00 (3.50 to 4.25), memory 0.70 (0.60 to 0.80);" in table
+    assert "defaults: 5.00 (4.50 to 5.50), memory 0.90 (0.80 to 1.00);" in table
     assert "2026-01-02, Some CPU, 2 threads, TRL 1.0" in table
