@@ -1,7 +1,7 @@
 """Puts the primed and the trained model of a finished run on the shelf, with the cards that the run wrote.
 
 lit-reason-train experiment=arith_from_scratch
-python scripts/make_shelf.py runs/arith_from_scratch --name arith-1m
+python scripts/make_shelf.py runs/arith_from_scratch-1 --name arith-1m
 """
 
 from __future__ import annotations
