@@ -42,13 +42,13 @@ def speed_table(record: dict[str, Any]) -> str:
         "",
         f"Tokens/s over TRL's: **{spread(summary['ratio_tokens_per_s'], 2)}**; "
         f"memory over TRL's: {spread(summary['ratio_peak_rss_mib'], 2)}.",
-        "TRL's settings are the fastest that a sweep found, bfloat16 weights among them. The same ratios",
+        "TRL has bfloat16 weights here, and the fastest of swept settings otherwise. The same ratios",
         "",
         *(
             f"- over {rival}: {spread(summary[prefix + 'tokens_per_s'], 2)}, "
             f"memory {spread(summary[prefix + 'peak_rss_mib'], 2)};"
             for rival, prefix in (
-                ("TRL swept with our numerics (float32 weights, autocast)", "ratio_to_mixed_"),
+                ("TRL with those settings and our numerics (float32 weights, autocast)", "ratio_to_mixed_"),
                 ("TRL with its defaults", "ratio_to_defaults_"),
             )
         ),
