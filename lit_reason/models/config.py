@@ -64,9 +64,16 @@ class ModelConfig:
         experts, experts_per_token, expert_width: routed experts E, chosen K, hidden width of each.
         shared_experts: experts that every token uses (their hidden width is `shared_experts * expert_width`).
         expert_groups, groups_per_token: group-limited routing; 1 and 1 switch it off.
-        routed_scale: factor on the normalised routing weights.
+        scoring: a token's score of an expert: "sigmoid" of its logit (DeepSeek-V3), or "softmax" over experts (V2).
+        group_score: what ranks a group: "top2", the sum of its two best biased scores (V3), or "max", its best (V2).
+        norm_topk_prob: divide the chosen experts' scores by their sum (V3); V2 uses them as they are.
+        routed_scale: factor on the routing weights, after they were normalised.
         balance_loss: coefficient of the sequence-wise balance loss (2412.19437 eq. 17-20).
         max_seq_len: positions that the model may see (tokens).
+        rope_theta, yarn: base of the rotary frequencies; their extension to a longer context, None for none.
+        norm_eps: added to the mean square in every RMSNorm.
+        latent_norm_eps: the same for the two norms of the latents; None is `norm_eps`. transformers has 1e-6 there
+            whatever `rms_norm_eps` says.
         init_gain: c of the initial standard deviation c / sqrt(fan_in).
         embed_std: initial standard deviation of the embedding, the same at every width.
         base: muP base shape.
@@ -89,12 +96,16 @@ class ModelConfig:
     shared_experts: int = 1
     expert_groups: int = 1
     groups_per_token: int = 1
+    scoring: str = "sigmoid"
+    group_score: str = "top2"
+    norm_topk_prob: bool = True
     routed_scale: float = 1.0
     balance_loss: float = 1e-4
     max_seq_len: int = 256
     rope_theta: float = 10_000.0
     yarn: Yarn | None = None
     norm_eps: float = 1e-6
+    latent_norm_eps: float | None = None
     init_gain: float = 1.0
     embed_std: float = 1.0
     base: Base = field(default_factory=Base)
@@ -114,12 +125,14 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         _check_positive(self, "model.", ("experts", "expert_width", "expert_groups"))
+        _check_choice("model.scoring", self.scoring, SCORINGS)
+        _check_choice("model.group_score", self.group_score, GROUP_SCORES)
         groups, kept = self.expert_groups, self.groups_per_token
         if self.experts % groups:
             raise ConfigError(f"model.experts={self.experts} is not divisible by model.expert_groups={groups}")
         if not 1 <= kept <= groups:
             raise ConfigError(f"model.groups_per_token={kept}: valid 1..expert_groups={groups}")
-        if groups > 1 and self.experts // groups < 2:
+        if groups > 1 and self.experts // groups < 2 and self.group_score == "top2":
             raise ConfigError(
                 f"model.expert_groups={groups} leaves {self.experts // groups} expert a group; a group's score is the "
                 f"sum of its two best, so at least 2 are needed: type model.expert_groups={self.experts // 2} or fewer"
@@ -140,6 +153,11 @@ class ModelConfig:
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_eps(self) -> float:
+        """eps of the RMSNorms of the query's and the key/value latents."""
+        return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
     @property
     def residual_scale(self) -> float:
@@ -166,6 +184,8 @@ class ModelConfig:
         return _from_mapping(cls, values, "model.")
 
 
+SCORINGS = ("sigmoid", "softmax")
+GROUP_SCORES = ("top2", "max")
 _POSITIVE = (
     "vocab_size", "width", "depth", "heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
     "ffn_width", "max_seq_len",
@@ -177,6 +197,11 @@ def _check_positive(values: Any, prefix: str, names: tuple[str, ...]) -> None:
         value = getattr(values, name)
         if value is not None and value < 1:
             raise ConfigError(f"{prefix}{name}={value}: must be at least 1")
+
+
+def _check_choice(key: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value!r}: {nearest(str(value), valid)}")
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

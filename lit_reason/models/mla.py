@@ -32,11 +32,11 @@ class MLA(nn.Module):
         else:
             self.q = nn.Sequential(
                 nn.Linear(width, config.q_lora_rank, bias=False),
-                RMSNorm(config.q_lora_rank, config.norm_eps),
+                RMSNorm(config.q_lora_rank, config.latent_eps),
                 nn.Linear(config.q_lora_rank, q_out, bias=False),
             )
         self.kv_a = nn.Linear(width, self.latent + self.rope, bias=False)
-        self.kv_norm = RMSNorm(self.latent, config.norm_eps)
+        self.kv_norm = RMSNorm(self.latent, config.latent_eps)
         self.kv_b = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(self.heads * self.value, width, bias=False)
 

@@ -1,5 +1,6 @@
 """Mixture of experts as in DeepSeek-V3 (2412.19437 eq. 12-20): sigmoid scores in float32, group-limited top-k on
-biased scores, weights from the unbiased ones, auxiliary-loss-free balancing.
+biased scores, weights from the unbiased ones, auxiliary-loss-free balancing. `ModelConfig.scoring`, `group_score` and
+`norm_topk_prob` make it DeepSeek-V2's (2405.04434 section 2.1.2), whose biases stay 0.
 
 Shapes: N tokens (flattened), E experts, K chosen, D width, F expert width."""
 
@@ -17,7 +18,8 @@ from lit_reason.models.layers import SwiGLU, compute_dtype, round_up, silu_mul
 
 @dataclass(slots=True)
 class Routing:
-    """What the router chose: `experts_NK` int64, `weights_NK` float32 (they sum to `routed_scale`), `scores_NE`."""
+    """What the router chose: `experts_NK` int64, `weights_NK` float32 (their sum is `routed_scale` when they are
+    normalised), `scores_NE`."""
 
     experts_NK: Tensor
     weights_NK: Tensor
@@ -40,6 +42,9 @@ class Router(nn.Module):
         super().__init__()
         self.k, self.scale = config.experts_per_token, config.routed_scale
         self.groups, self.kept_groups = config.expert_groups, config.groups_per_token
+        self.group_best = {"top2": 2, "max": 1}[config.group_score]
+        self.score = {"sigmoid": torch.sigmoid, "softmax": _softmax}[config.scoring]
+        self.normalise = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.experts, config.width))
         self.register_buffer("bias_E", torch.zeros(config.experts))
         self.register_buffer("load_E", torch.zeros(config.experts))
@@ -57,17 +62,18 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Routing:
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = torch.sigmoid(x_ND.float() @ self.weight.t())
+            scores_NE = self.score(x_ND.float() @ self.weight.t())
         experts_NK = self._select(scores_NE.detach() + self.bias_E)
         chosen_NK = scores_NE.gather(1, experts_NK)
-        weights_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20) * self.scale
-        return Routing(experts_NK, weights_NK, scores_NE)
+        if self.normalise:
+            chosen_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts_NK, chosen_NK * self.scale, scores_NE)
 
     def _select(self, biased_NE: Tensor) -> Tensor:
-        """Top-k of the experts in the best groups; a group scores the sum of its two best (eq. 16 with M groups)."""
+        """Top-k of the experts in the best groups; a group scores the sum of its best: two in V3, one in V2."""
         if self.groups > 1:
             grouped_NGM = biased_NE.unflatten(1, (self.groups, -1))
-            score_NG = grouped_NGM.topk(2, dim=-1).values.sum(-1)
+            score_NG = grouped_NGM.topk(self.group_best, dim=-1).values.sum(-1)
             kept = score_NG.topk(self.kept_groups, dim=-1).indices
             dropped_NG = torch.ones_like(score_NG, dtype=torch.bool).scatter_(1, kept, False)
             biased_NE = grouped_NGM.masked_fill(dropped_NG[..., None], float("-inf")).flatten(1)
@@ -85,6 +91,10 @@ class Router(nn.Module):
         if rate:
             self.bias_E += rate * torch.sign(self.load_E.mean() - self.load_E)
         self.load_E.zero_()
+
+
+def _softmax(logits_NE: Tensor) -> Tensor:
+    return logits_NE.softmax(-1)
 
 
 class Experts(nn.Module):

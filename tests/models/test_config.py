@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lit_reason.errors import ConfigError
-from lit_reason.models import Base, ModelConfig, Yarn
+from lit_reason.models import Base, ModelConfig, Transformer, Yarn
+from lit_reason.models.layers import RMSNorm
 
 
 def test_json_round_trip_keeps_every_value():
@@ -33,6 +34,8 @@ def test_json_round_trip_keeps_every_value():
         ({"experts_per_token": 0}, ["model.experts_per_token=0", "1..8"]),
         ({"shared_experts": -1}, ["model.shared_experts=-1", "at least 0"]),
         ({"expert_groups": 0}, ["model.expert_groups=0", "at least 1"]),
+        ({"scoring": "sigmod"}, ["model.scoring='sigmod'", "'sigmoid'", "softmax"]),
+        ({"group_score": "top1"}, ["model.group_score='top1'", "'top2'"]),
         ({"q_lora_rank": 0}, ["model.q_lora_rank=0", "at least 1"]),
         ({"expert_width": 0}, ["model.expert_width=0", "at least 1"]),
         ({"base": Base(width=0)}, ["model.base.width=0", "at least 1"]),
@@ -43,6 +46,18 @@ def test_a_wrong_value_says_what_is_valid(changes, parts):
         ModelConfig(**changes)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_group_of_one_expert_is_enough_for_its_best():
+    assert ModelConfig(expert_groups=8, groups_per_token=4, group_score="max").expert_groups == 8
+
+
+def test_the_latents_norms_have_their_own_eps_if_one_is_given():
+    assert ModelConfig(norm_eps=1e-5).latent_eps == 1e-5
+    model = Transformer(ModelConfig(depth=1, norm_eps=1e-5, latent_norm_eps=1e-6, q_lora_rank=8))
+    eps = {name: module.eps for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+    assert {name for name, value in eps.items() if value == 1e-6} == {"blocks.0.attn.q.1", "blocks.0.attn.kv_norm"}
+    assert set(eps.values()) == {1e-5, 1e-6}
 
 
 def test_routing_is_not_checked_in_a_model_without_experts():

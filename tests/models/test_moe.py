@@ -20,12 +20,12 @@ def router_with(config, bias) -> Router:
     return router
 
 
-def brute_force(scores, bias, groups, kept, k) -> set[int]:
-    """The k best experts of the `kept` best groups, found by trying every set."""
+def brute_force(scores, bias, groups, kept, k, best_of=2) -> set[int]:
+    """The k best experts of the `kept` best groups, found by trying every set; a group is its `best_of` best."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // groups
     members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
-    value = [sum(sorted((biased[i] for i in m), reverse=True)[:2]) for m in members]
+    value = [sum(sorted((biased[i] for i in m), reverse=True)[:best_of]) for m in members]
     best = max(itertools.combinations(range(groups), kept), key=lambda gs: sum(value[g] for g in gs))
     allowed = [i for g in best for i in members[g]]
     return set(max(itertools.combinations(allowed, k), key=lambda es: sum(biased[i] for i in es)))
@@ -55,6 +55,35 @@ def test_a_group_is_judged_by_its_two_best_and_dropped_groups_never_win(tiny):
     # Every biased score of the kept group is below 0, which a mask of 0 instead of -inf would lose against.
     negative = router_with(config, [-5.0] * 4 + [-3.0] * 4)(x_ND)
     assert all(e >= 4 for e in negative.experts_NK[0].tolist())
+
+
+@pytest.mark.parametrize(("groups", "kept", "k"), [(1, 1, 3), (4, 2, 3), (8, 3, 2)])  # greedy, V2's, 1 expert a group
+def test_v2_takes_softmax_scores_as_weights_from_the_groups_with_the_best_expert(tiny, groups, kept, k):
+    config = tiny(
+        expert_groups=groups, groups_per_token=kept, experts_per_token=k, routed_scale=16.0,
+        scoring="softmax", group_score="max", norm_topk_prob=False,
+    )  # fmt: skip
+    router = router_with(config, [0.0] * 8)
+    x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(k))
+    routing = router(x_ND)
+    assert torch.equal(routing.scores_NE, x_ND[:, :8].softmax(-1))
+    for n in range(50):
+        scores, chosen = routing.scores_NE[n], routing.experts_NK[n].tolist()
+        assert set(chosen) == brute_force(scores.tolist(), [0.0] * 8, groups, kept, k, best_of=1)
+        assert torch.equal(routing.weights_NK[n], scores[chosen] * 16.0)
+
+
+def test_the_best_expert_wins_its_group_a_place_where_two_good_ones_would_not(tiny):
+    x_ND = F.pad(torch.tensor([[3.0, -9, -9, -9, 2.5, 2.5, -9, -9]]), (0, 24))
+    groups = {"expert_groups": 2, "groups_per_token": 1, "experts_per_token": 1}
+    chosen = {s: router_with(tiny(**groups, group_score=s), [0.0] * 8)(x_ND).experts_NK.item() for s in ("max", "top2")}
+    assert chosen["max"] == 0 and chosen["top2"] in (4, 5)
+
+
+def test_weights_that_are_not_normalised_are_the_scores_times_the_scale(tiny):
+    config = tiny(norm_topk_prob=False, routed_scale=2.5)
+    routing = router_with(config, [0.3, -0.2, 0, 0, 0, 0, 0.1, 0])(torch.randn(20, 32))
+    assert torch.equal(routing.weights_NK, routing.scores_NE.gather(1, routing.experts_NK) * 2.5)
 
 
 @pytest.mark.parametrize("skew", [0.0, 5.0])
