@@ -1,17 +1,21 @@
 """Lightning callbacks, one per file; each works alone in any Lightning project."""
 
 from lit_reason.callbacks.completions import CompletionsTable
+from lit_reason.callbacks.coord_check import MuPCoordCheck
 from lit_reason.callbacks.expert_load import ExpertLoad
 from lit_reason.callbacks.lr_per_role import RoleLRMonitor
 from lit_reason.callbacks.nan_guard import NonFiniteGuard
 from lit_reason.callbacks.progress import PlainProgress, RolloutProgress, progress_bar
+from lit_reason.callbacks.qk_clip import QKClip
 from lit_reason.callbacks.report import Report
 
 __all__ = [
     "CompletionsTable",
     "ExpertLoad",
+    "MuPCoordCheck",
     "NonFiniteGuard",
     "PlainProgress",
+    "QKClip",
     "Report",
     "RoleLRMonitor",
     "RolloutProgress",

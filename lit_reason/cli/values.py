@@ -139,10 +139,10 @@ def _check_one_process(trainer: Any) -> None:
 
 
 def _check_schedule(optimizer: Any, steps: int) -> None:
-    from lit_reason.optim import AdamW
+    from lit_reason.optim import Recipe
     from lit_reason.optim.schedules import schedule
 
-    if isinstance(optimizer, AdamW):
+    if isinstance(optimizer, Recipe):
         schedule(optimizer.schedule, warmup_steps=optimizer.warmup_steps, total_steps=steps, final_fraction=0.0)
 
 

@@ -18,6 +18,10 @@ of it reads a normalised input.
     expert      c/sqrt(fan_in)     1/m_i  m_i            1/(m m_L)      stacked expert matrices (E, out, in)
     head        c sqrt(d0)/d       1/m    m              1              LM head (forward multiplier 1)
 
+    Muon's update of a matrix is sqrt(fan_out / fan_in) times an orthogonal one at every width (2310.17813), so it needs
+    to know the matrices: `Role.matrices` says which rows of a parameter are one linear map. It decays by lr *
+    weight_decay without that factor. Embedding, norms, router and head have no matrices: they stay with AdamW.
+
     m = width / base width, m_i = fan_in / base fan_in of that matrix, m_L = depth / base depth.
     The final norm lies outside the blocks but sees the head's 1/m gradient, hence the same eps as theirs without m_L.
 """
@@ -25,14 +29,53 @@ of it reads a normalised input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.models.config import ModelConfig
-from lit_reason.models.layers import RMSNorm
+from lit_reason.models.layers import RMSNorm, SwiGLU
+from lit_reason.models.mla import MLA
 from lit_reason.models.moe import Experts, Router
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One linear map among a parameter's rows: its shape, and its shape at muP's base.
+
+    Args:
+        name: what the rows compute: "query", "key", "value", "latent", "key_rope", "gate_up" or "matrix".
+    """
+
+    name: str
+    fan_out: int
+    fan_in: int
+    base_fan_out: int
+    base_fan_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """Which rows of a parameter (*stack, out, in) are one linear map.
+
+    Example::
+
+        kv_b = Matrices(heads, (Matrix("key", 16, 64, 16, 64), Matrix("value", 32, 64, 32, 64)))
+        key_HNC, value_HVC = kv_b.split(layer.kv_b.weight)
+
+    Args:
+        repeats: how often the rows repeat the same blocks, e.g. once per head.
+        blocks: one after the other in the rows of one repeat.
+    """
+
+    repeats: int
+    blocks: tuple[Matrix, ...]
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """One view (*stack, repeats, fan_out, fan_in) per block."""
+        return tensor.unflatten(-2, (self.repeats, -1)).split([block.fan_out for block in self.blocks], dim=-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +86,7 @@ class Role:
         kind: the table's row.
         init_std: standard deviation of the initial normal distribution; None leaves the constant 1 of a norm's gain.
         lr, weight_decay, eps: multipliers on the base hyper-parameters of AdamW.
+        matrices: the linear maps that the parameter holds; None keeps it from optimizers of matrices.
     """
 
     kind: str
@@ -50,6 +94,7 @@ class Role:
     lr: float
     weight_decay: float
     eps: float
+    matrices: Matrices | None = None
 
     def init(self, parameter: Tensor) -> None:
         if self.init_std is None:
@@ -61,7 +106,8 @@ class Role:
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """Role of every parameter by name, from module types and the base shape.
 
-    Models that are not ours get multiplier 1: matrices of Linear layers decay, everything else does not.
+    Models that are not ours get multiplier 1: matrices of Linear layers decay, everything else does not. Each is one
+    matrix, but for the output layer that a Hugging Face model names (`get_output_embeddings`).
     """
     from lit_reason.models.transformer import Transformer
 
@@ -69,11 +115,14 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     for prefix, module in model.named_modules():
         if isinstance(module, Transformer):
             roles |= {_join(prefix, name): role for name, role in _our_roles(module).items()}
+    heads = [get() for m in model.modules() if callable(get := getattr(m, "get_output_embeddings", None))]
     for prefix, module in model.named_modules():
-        for name, _ in module.named_parameters(prefix=prefix, recurse=False):
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if name not in roles:
                 decays = isinstance(module, nn.Linear) and name.endswith("weight")
-                roles[name] = Role("matrix" if decays else "other", None, 1.0, float(decays), 1.0)
+                whole = decays and not any(module is head for head in heads)
+                matrices = _matrices(parameter.shape, parameter.shape) if whole else None
+                roles[name] = Role("matrix" if decays else "other", None, 1.0, float(decays), 1.0, matrices)
     return roles
 
 
@@ -83,14 +132,48 @@ def _our_roles(model: nn.Module) -> dict[str, Role]:
     assert isinstance(model, Transformer)
     config = model.config
     with torch.device("meta"):
-        base_shapes = {name: p.shape for name, p in Transformer(config.base_config()).named_parameters()}
+        base = Transformer(config.base_config())
+    rows, base_rows = _row_blocks(model), _row_blocks(base)
     m, depth = config.width / config.base.width, config.depth / config.base.depth
     roles = {}
     for name, kind in _kinds(model).items():
-        shape = model.get_parameter(name).shape
+        shape, base_shape = model.get_parameter(name).shape, base.get_parameter(name).shape
         eps = 1 / (m * depth) if name.startswith("blocks.") else 1 / m
-        roles[name] = _role(kind, config, fan_in=shape[-1], base_fan_in=base_shapes[name][-1], eps=eps)
+        role = _role(kind, config, fan_in=shape[-1], base_fan_in=base_shape[-1], eps=eps)
+        if kind in ("hidden", "expert"):
+            role = replace(role, matrices=_matrices(shape, base_shape, rows.get(name), base_rows.get(name)))
+        roles[name] = role
     return roles
+
+
+Rows = tuple[int, dict[str, int]]  # repeats, and the rows of each block in one repeat
+
+
+def _matrices(
+    shape: Sequence[int], base_shape: Sequence[int], rows: Rows | None = None, base: Rows | None = None
+) -> Matrices:
+    """A parameter's matrices from its shape and row blocks, here and at the base; without blocks it is one matrix."""
+    repeats, blocks = rows or (1, {"matrix": shape[-2]})
+    base_blocks = (base or (1, {"matrix": base_shape[-2]}))[1]
+    fan_in, base_fan_in = shape[-1], base_shape[-1]
+    found = (Matrix(name, n, fan_in, base_blocks[name], base_fan_in) for name, n in blocks.items() if n)
+    return Matrices(repeats, tuple(found))
+
+
+def _row_blocks(model: nn.Module) -> dict[str, Rows]:
+    """The parameters that hold several matrices, by the modules that use them so."""
+    rows: dict[str, Rows] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, MLA):
+            q = "q" if isinstance(module.q, nn.Linear) else "q.2"
+            rows[_join(prefix, f"{q}.weight")] = module.heads, {"query": module.nope + module.rope}
+            rows[_join(prefix, "kv_a.weight")] = 1, {"latent": module.latent, "key_rope": module.rope}
+            rows[_join(prefix, "kv_b.weight")] = module.heads, {"key": module.nope, "value": module.value}
+        elif isinstance(module, SwiGLU):
+            rows[_join(prefix, "gate_up.weight")] = 2, {"gate_up": module.down.in_features}
+        elif isinstance(module, Experts):
+            rows[_join(prefix, "gate_up")] = 2, {"gate_up": module.down.shape[-1]}
+    return rows
 
 
 def _role(kind: str, config: ModelConfig, fan_in: int, base_fan_in: int, eps: float) -> Role:

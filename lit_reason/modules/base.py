@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_reason.errors import NonFiniteError
 from lit_reason.models import Transformer
-from lit_reason.optim import AdamW
+from lit_reason.optim import OptimizerRecipe
 
 
 class LanguageModule(L.LightningModule):
@@ -24,7 +24,7 @@ class LanguageModule(L.LightningModule):
             (2408.15664); 0 freezes the biases.
     """
 
-    def __init__(self, model: Transformer, optimizer: AdamW, router_bias_rate: float) -> None:
+    def __init__(self, model: Transformer, optimizer: OptimizerRecipe, router_bias_rate: float) -> None:
         super().__init__()
         self.model = model
         self.optimizer_recipe = optimizer

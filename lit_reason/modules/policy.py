@@ -17,7 +17,7 @@ from lit_reason.models.checksum import checksum
 from lit_reason.modules.base import LanguageModule
 from lit_reason.modules.logprobs import token_logprobs
 from lit_reason.objectives import Objective
-from lit_reason.optim import AdamW
+from lit_reason.optim import OptimizerRecipe
 from lit_reason.rollout import Engine, Sampling
 from lit_reason.rollout.engine import OnProgress
 from lit_reason.types import Completion, PolicyBatch, Prompt, Scores
@@ -46,7 +46,7 @@ class PolicyModule(LanguageModule):
     def __init__(
         self,
         model: Transformer,
-        optimizer: AdamW,
+        optimizer: OptimizerRecipe,
         objective: Objective,
         temperature: float = 1.0,
         router_bias_rate: float = 0.0,
