@@ -15,7 +15,8 @@ SLOTS = 16  # positions are read in multiples of this, so that decoding meets fe
 
 
 class LatentCache:
-    """Latents of B sequences. `layers[l]` is (B, S, C): the normalised latent first, then the rotated key.
+    """Latents of B sequences. `layers[l]` is (B, S, C): the normalised latent first, then the rotated key. First the
+    trunk's layers, then those of multi-token-prediction modules.
 
     Args:
         config: the model's shape.
@@ -29,7 +30,8 @@ class LatentCache:
         capacity = -(-capacity // SLOTS) * SLOTS
         channels = config.kv_lora_rank + config.qk_rope_head_dim
         self.layers: list[Tensor] = [
-            torch.zeros(rows, capacity, channels, dtype=dtype, device=device) for _ in range(config.depth)
+            torch.zeros(rows, capacity, channels, dtype=dtype, device=device)
+            for _ in range(config.depth + config.mtp_depth)
         ]
 
     @property

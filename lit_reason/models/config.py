@@ -69,6 +69,9 @@ class ModelConfig:
         norm_topk_prob: divide the chosen experts' scores by their sum (V3); V2 uses them as they are.
         routed_scale: factor on the routing weights, after they were normalised.
         balance_loss: coefficient of the sequence-wise balance loss (2412.19437 eq. 17-20).
+        mtp_depth: multi-token-prediction modules after the trunk (eq. 21-25): how many tokens beyond the next one the
+            supervised stages also learn to predict. They draft for speculative decoding and are no part of the policy.
+        mtp_loss: coefficient of their mean loss.
         max_seq_len: positions that the model may see (tokens).
         rope_theta, yarn: base of the rotary frequencies; their extension to a longer context, None for none.
         norm_eps: added to the mean square in every RMSNorm.
@@ -101,6 +104,8 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scale: float = 1.0
     balance_loss: float = 1e-4
+    mtp_depth: int = 0
+    mtp_loss: float = 0.3
     max_seq_len: int = 256
     rope_theta: float = 10_000.0
     yarn: Yarn | None = None
@@ -120,6 +125,10 @@ class ModelConfig:
             raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: must be even (rotations act on pairs)")
         if not 0 <= self.first_dense <= self.depth:
             raise ConfigError(f"model.first_dense={self.first_dense}: valid 0..depth={self.depth}")
+        if self.mtp_depth < 0 or self.mtp_loss < 0:
+            raise ConfigError(
+                f"model.mtp_depth={self.mtp_depth}, model.mtp_loss={self.mtp_loss}: valid 0 (no such module) and above"
+            )
         if self.moe_layers:
             self._check_routing()
 

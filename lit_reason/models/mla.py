@@ -58,26 +58,29 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, key_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         return self.out(attend(q, k, v, self.scale).flatten(-2))
 
-    def decode(self, x_BD: Tensor, rotation_BR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
-        """One token per row, absorbed: scores and outputs live in the latent space.
+    def decode(self, x_BKD: Tensor, rotation_BKR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
+        """K tokens per row (mostly one), absorbed: scores and outputs live in the latent space.
 
         Args:
-            x_BD: the block's normalised input for the newest token of each row.
-            rotation_BR: the rotation of each row's position, (B, R/2).
-            cache_BSC: this layer's latents; the new one is written at `at.position_B`.
+            x_BKD: the block's normalised input for the newest tokens of each row.
+            rotation_BKR: the rotations of their positions, (B, K, R/2).
+            cache_BSC: this layer's latents; the new ones are written at `at.position_BK`.
             at: where each row stands.
         """
-        q_nope_BHN, q_rope_BHR = self._queries(x_BD, rotation_BR)
-        latent_BC, key_rope_BR = self._latents(x_BD, rotation_BR)
-        cache_BSC[at.row_B, at.position_B] = torch.cat((latent_BC, key_rope_BR), dim=-1).to(cache_BSC.dtype)
+        B, K = x_BKD.shape[:2]
+        q_nope, q_rope = self._queries(x_BKD, rotation_BKR)
+        latent_BKC, key_rope_BKR = self._latents(x_BKD, rotation_BKR)
+        cache_BSC[at.row_B1, at.position_BK] = torch.cat((latent_BKC, key_rope_BKR), dim=-1).to(cache_BSC.dtype)
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
-        q_latent_HBC = torch.bmm(q_nope_BHN.transpose(0, 1), k_HNC)
-        q_BHC = torch.cat((q_latent_HBC.transpose(0, 1), q_rope_BHR), dim=-1) * self.scale
-        weights_BHS = torch.baddbmm(at.bias_B1S, q_BHC, cache_BSC.transpose(1, 2)).softmax(-1)
+        # The K tokens of a row are K H queries to the same latents. T = B K tokens, Q = K H queries.
+        q_latent_HTC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), k_HNC)
+        q_THC = torch.cat((q_latent_HTC.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1) * self.scale
+        bias = at.bias_BKS if K == 1 else at.bias_BKS.repeat_interleave(self.heads, dim=1)
+        weights_BQS = torch.baddbmm(bias, q_THC.view(B, K * self.heads, -1), cache_BSC.transpose(1, 2)).softmax(-1)
         # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
-        out_BHC = torch.bmm(weights_BHS, cache_BSC)[..., : self.latent]
-        out_HBV = torch.bmm(out_BHC.transpose(0, 1), v_HVC.transpose(1, 2))
-        return self.out(out_HBV.transpose(0, 1).flatten(1))
+        out_THC = torch.bmm(weights_BQS, cache_BSC).view(B * K, self.heads, -1)[..., : self.latent]
+        out_HTV = torch.bmm(out_THC.transpose(0, 1), v_HVC.transpose(1, 2))
+        return self.out(out_HTV.transpose(0, 1).reshape(B, K, -1))
 
     def _queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         q = self.q(x).unflatten(-1, (self.heads, self.nope + self.rope))
@@ -93,16 +96,15 @@ class Cursor:
     """Where each row of a decode step stands.
 
     Args:
-        position_B: int64, the position that the new token takes in its row.
-        cache: grows to hold it.
+        position_BK: int64, the positions that the new tokens take in their row.
+        cache: grows to hold them.
     """
 
-    def __init__(self, position_B: Tensor, cache: LatentCache) -> None:
-        cache.grow(int(position_B.max()) + 1)
+    def __init__(self, position_BK: Tensor, cache: LatentCache) -> None:
+        cache.grow(int(position_BK.max()) + 1)
         latents_BSC = cache.layers[0]
-        device, S = position_B.device, latents_BSC.shape[1]
-        self.position_B = position_B
-        self.row_B = torch.arange(position_B.shape[0], device=device)
-        bias_BS = torch.zeros(position_B.shape[0], S, dtype=latents_BSC.dtype, device=device)
-        bias_BS.masked_fill_(torch.arange(S, device=device) > position_B[:, None], float("-inf"))
-        self.bias_B1S = bias_BS[:, None]
+        device, S = position_BK.device, latents_BSC.shape[1]
+        self.position_BK = position_BK
+        self.row_B1 = torch.arange(position_BK.shape[0], device=device)[:, None]
+        self.bias_BKS = torch.zeros(*position_BK.shape, S, dtype=latents_BSC.dtype, device=device)
+        self.bias_BKS.masked_fill_(torch.arange(S, device=device) > position_BK[..., None], float("-inf"))

@@ -8,42 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
-from lit_reason.models.attention import Attend, causal
+from lit_reason.models.attention import causal
+from lit_reason.models.block import Block
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
-from lit_reason.models.layers import RMSNorm, SwiGLU, compute_dtype
-from lit_reason.models.mla import MLA, Cursor
-from lit_reason.models.moe import MoE, Router
+from lit_reason.models.layers import RMSNorm, compute_dtype
+from lit_reason.models.mla import Cursor
+from lit_reason.models.moe import Router
+from lit_reason.models.mtp import MTPModule
 from lit_reason.models.packing import Packed
 from lit_reason.models.rope import rope_table
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each branch scaled by 1/m_L (CompleteP, 2505.01618)."""
-
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
-        super().__init__()
-        self.attn_norm = RMSNorm(config.width, config.norm_eps)
-        self.attn = MLA(config)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.ffn = SwiGLU(config.width, config.ffn_width) if dense else MoE(config)
-        self.scale = config.residual_scale
-
-    def forward(
-        self, x: Tensor, rotation: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
-        return self._feed_forward(x, valid)
-
-    def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
-        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
-        return self._feed_forward(x, None)[0]
-
-    def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        out, balance = (
-            self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
-        )
-        return torch.add(x, out, alpha=self.scale), balance
 
 
 class Hidden(NamedTuple):
@@ -69,9 +43,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, dense=i < config.first_dense) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, dense=i < config.first_dense, scale=config.residual_scale) for i in range(config.depth)
+        )
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
         if self.embed.weight.device.type != "meta":
             self.reset_parameters()
 
@@ -106,6 +83,24 @@ class Transformer(nn.Module):
             balance = balance if loss is None else balance + loss
         return Hidden(self.norm(x), balance)
 
+    def further(self, hidden: Hidden, target_ids_BT: Tensor, valid_BT: Tensor | None = None) -> list[Hidden]:
+        """What the multi-token-prediction modules make of the trunk's `hidden`, for training.
+
+        State i of the k-th entry (k = 1, 2, ...) predicts `target_ids_BT[:, i + k]`; its last k say nothing.
+
+        Args:
+            target_ids_BT: the token after each input.
+            valid_BT: as in `hidden`.
+        """
+        rotation = rope_table(self.config, target_ids_BT.device)[: target_ids_BT.shape[1]]
+        found = []
+        for depth, module in enumerate(self.mtp):
+            embedded = self.embed(target_ids_BT.roll(-depth, dims=1))
+            states, balance = module(hidden.states_BTD, embedded, rotation, causal, valid=valid_BT)
+            hidden = Hidden(states, states.new_zeros(()) if balance is None else balance)
+            found.append(hidden)
+        return found
+
     def packed(self, batch: Packed) -> Tensor:
         """Everything but the head on packed tokens: states_ND. There is no balance loss, which is per sequence; the
         router counts a shared prompt once, as it is computed."""
@@ -123,6 +118,12 @@ class Transformer(nn.Module):
                 f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)"
             )
 
+    def prefill_draft(self, hidden: Hidden, next_BT: Tensor, cache: LatentCache) -> Tensor:
+        """Reads prompts into the cache of the first multi-token-prediction module; its states_BTD. See `draft`."""
+        rotation = rope_table(self.config, next_BT.device)[: next_BT.shape[1]]
+        layer = cache.layers[len(self.blocks)]
+        return self.mtp[0](hidden.states_BTD, self.embed(next_BT), rotation, causal, layer)[0]
+
     def prefill(self, input_ids_BT: Tensor, length_B: Tensor, cache: LatentCache) -> Tensor:
         """Reads right-padded prompts of `length_B` tokens into the cache; logits_BV of each row's last token."""
         states_BTD = self.hidden(input_ids_BT, cache=cache).states_BTD
@@ -130,13 +131,31 @@ class Transformer(nn.Module):
 
     def decode(self, token_B: Tensor, position_B: Tensor, cache: LatentCache) -> Tensor:
         """One token per row at `position_B`; logits_BV of the next."""
-        at = Cursor(position_B, cache)
-        x = self.embed(token_B)
-        rotation_BR = rope_table(self.config, token_B.device)[position_B]
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
+        return self.head(self.decode_states(token_B[:, None], position_B[:, None], cache)[:, 0])
+
+    def decode_states(self, token_BK: Tensor, position_BK: Tensor, cache: LatentCache) -> Tensor:
+        """K tokens per row at their positions; the states_BKD that the head reads."""
+        at = Cursor(position_BK, cache)
+        x = self.embed(token_BK)
+        rotation_BKR = rope_table(self.config, token_BK.device)[position_BK]
+        for block, layer in zip(self.blocks, cache.layers, strict=False):
             assert isinstance(block, Block)
-            x = block.decode(x, rotation_BR, layer, at)
-        return self.head(self.norm(x))
+            x = block.decode(x, rotation_BKR, layer, at)
+        return self.norm(x)
+
+    def draft(self, states_BKD: Tensor, next_BK: Tensor, position_BK: Tensor, cache: LatentCache) -> Tensor:
+        """The first multi-token-prediction module's logits_BKV of the token after `next_BK`.
+
+        Args:
+            states_BKD: the trunk's, at `position_BK`.
+            next_BK: the token after each position.
+            cache: its layer after the trunk's belongs to the module and holds all positions before these.
+        """
+        rotation_BKR = rope_table(self.config, next_BK.device)[position_BK]
+        layer, at = cache.layers[len(self.blocks)], Cursor(position_BK, cache)
+        module = self.mtp[0]
+        assert isinstance(module, MTPModule)
+        return self.head(module.decode(states_BKD, self.embed(next_BK), rotation_BKR, layer, at))
 
     def new_cache(self, rows: int, capacity: int) -> LatentCache:
         """An empty cache in the weights' dtype and on their device."""

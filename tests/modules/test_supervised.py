@@ -52,6 +52,27 @@ def test_the_balance_loss_enters_with_its_coefficient(make_model, batch, fit):
     assert logged["loss"] == pytest.approx(cross_entropy + 0.5 * 2 * logged["balance_loss"], rel=1e-5)
 
 
+def test_the_loss_of_multi_token_prediction_by_hand(make_model, batch, fit):
+    """Depth k's position i counts where its target, k tokens further on, does."""
+    model = make_model(first_dense=2, mtp_depth=2, mtp_loss=0.25)
+    with torch.no_grad():
+        expected, _ = by_hand(model, batch)
+        hidden = model.hidden(batch.input_ids_BT)
+        means = []
+        for k, further in enumerate(model.further(hidden, batch.target_ids_BT), start=1):
+            logprobs_BTV = model.head(further.states_BTD).log_softmax(-1)
+            terms = [
+                -float(logprobs_BTV[b, t, batch.target_ids_BT[b, t + k]])
+                for b in range(3)
+                for t in range(8 - k)
+                if batch.mask_BT[b, t + k]
+            ]
+            means.append(sum(terms) / len(terms))
+    logged = fit(SFTModule(model, AdamW(lr=1e-3)), [batch]).metrics[0]
+    assert logged["mtp_loss"] == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert logged["loss"] == pytest.approx(expected + 0.25 * sum(means) / 2, rel=1e-5)
+
+
 def test_biases_move_and_padding_is_not_counted(make_model, batch, fit):
     seen = []
     model = make_model()

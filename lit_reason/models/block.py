@@ -1,0 +1,41 @@
+"""One decoder block, of the trunk or of a multi-token-prediction module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.models.attention import Attend
+from lit_reason.models.config import ModelConfig
+from lit_reason.models.layers import RMSNorm, SwiGLU
+from lit_reason.models.mla import MLA, Cursor
+from lit_reason.models.moe import MoE
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each branch scaled by `scale`: in the trunk 1/m_L (CompleteP,
+    2505.01618)."""
+
+    def __init__(self, config: ModelConfig, dense: bool, scale: float) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width, config.norm_eps)
+        self.attn = MLA(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = SwiGLU(config.width, config.ffn_width) if dense else MoE(config)
+        self.scale = scale
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
+        return self._feed_forward(x, valid)
+
+    def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
+        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
+        return self._feed_forward(x, None)[0]
+
+    def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out, balance = (
+            self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        )
+        return torch.add(x, out, alpha=self.scale), balance
