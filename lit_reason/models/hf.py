@@ -11,16 +11,15 @@ and attention have factor 1 by parametrisation (`mup`). It is folded into the ma
 down_proj) and un-folded by the `mup` block of config.json. Folding rounds unless the factor is a power of two; the lost
 units in the last place are kept in `mup_rounding.bin`, which other programs ignore, so that the way back is exact.
 
-Left out: multi-token prediction layers (skipped), tied embeddings, attention biases (refused)."""
+Multi-token-prediction layers follow the trunk's and repeat embedding and head. Refused: tied embeddings, biases.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +40,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 ROUNDING = "mup_rounding.bin"  # safetensors; no engine takes it for weights under this name
 LATENT_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm in transformers, whatever rms_norm_eps says
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +75,19 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Transformer
     """
     folder = Path(folder)
     values = _read_json(folder / CONFIG)
-    config = from_hf_config(values)
+    shards = _Shards(folder, _block(values))
+    config = replace(from_hf_config(values), mtp_depth=shards.mtp_depth())
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype or _dtype(values)).to_empty(device="cpu")
     for router in model.routers():
         router.bias_E.zero_()
         router.load_E.zero_()
-    places, shards, tensors = slots(config), _Shards(folder, _block(values)), model.state_dict()
+    places, tensors = slots(config), model.state_dict()
     halves = values.get("rope_interleave") is False
     for name in shards.ordered(places):
         _fill(places[name].view(tensors), name, shards, config, places[name].folded, halves)
-    _check_leftovers(shards, config.depth)
+    _check_leftovers(shards)
     return model
 
 
@@ -312,7 +311,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_interleave": True,
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.yarn is None else _rope_scaling(config.yarn),
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": config.mtp_depth,
         "use_cache": True,
     }
     document["mup"] = {
@@ -430,6 +429,19 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     for i in range(config.depth):
         for name, slot in (attention | (dense if i < config.first_dense else moe)).items():
             out[f"model.layers.{i}.{name}"] = replace(slot, name=f"blocks.{i}.{slot.name}")
+    for k in range(config.mtp_depth):  # numbered on after the trunk; they repeat the embedding and the head
+        layer = f"model.layers.{config.depth + k}."
+        for name, slot in (attention | (moe if config.moe_layers else dense)).items():
+            out[layer + name] = replace(slot, name=f"mtp.{k}.block.{slot.name}", folded=False)
+        for theirs, ours in {
+            "enorm": "enorm",
+            "hnorm": "hnorm",
+            "eh_proj": "eh_proj",
+            "shared_head.norm": "norm",
+        }.items():
+            out[f"{layer}{theirs}.weight"] = Slot(f"mtp.{k}.{ours}.weight")
+        out[f"{layer}embed_tokens.weight"] = Slot("embed.weight")
+        out[f"{layer}shared_head.head.weight"] = Slot("head.weight")
     return out
 
 
@@ -482,6 +494,10 @@ class _Shards:
         self.used: set[str] = set()
         # Few, so that what was read can leave memory: a weight's, its scale's and the rounding.
         self._open = functools.lru_cache(maxsize=3)(functools.partial(safe_open, framework="pt"))
+
+    def mtp_depth(self) -> int:
+        """How many multi-token-prediction layers the files hold; config.json often names one that is not there."""
+        return sum(name.endswith(".eh_proj.weight") for name in self.file_of)
 
     def ordered(self, names: Mapping[str, Any]) -> list[str]:
         """`names` file after file. DataError if the folder lacks some."""
@@ -580,17 +596,11 @@ def _fill(target: Tensor, name: str, shards: _Shards, config: ModelConfig, folde
     target.copy_(_interleave(name, source, config) if halves else source)
 
 
-def _check_leftovers(shards: _Shards, depth: int) -> None:
-    """Every tensor must have been read, but for multi-token prediction layers and stored rotary tables."""
+def _check_leftovers(shards: _Shards) -> None:
+    """Every tensor must have been read, but for stored rotary tables."""
     left = [name for name in shards.file_of if name not in shards.used and not name.endswith("rotary_emb.inv_freq")]
-    layer = re.compile(r"model\.layers\.(\d+)\.")
-    mtp = [name for name in left if (match := layer.match(name)) and int(match[1]) >= depth]
-    if unknown := sorted(set(left) - set(mtp)):
-        raise DataError(
-            f"{shards.folder} holds {len(unknown)} tensors that our model has no place for: {_some(unknown)}"
-        )
-    if mtp:
-        _log.warning("%s: skipped %d tensors of its multi-token prediction layers", shards.folder, len(mtp))
+    if left:
+        raise DataError(f"{shards.folder} holds {len(left)} tensors that our model has no place for: {_some(left)}")
 
 
 def _some(names: list[str]) -> str:

@@ -211,7 +211,9 @@ def test_zero_3_gathers_the_largest_block(tiny):
     config = tiny(kv_lora_rank=16)
     deeper = count(tiny(kv_lora_rank=16, depth=3))
     block = deeper.weight_bytes - count(config).weight_bytes
-    assert count(config, layout=Layout(data=4)).gathered_bytes == block * 3 // 4
+    found = count(config, layout=Layout(data=4))
+    assert found.gathered_bytes == block * 3 // 4
+    assert found.memory_bytes == sum(held(found))
 
 
 def test_tensor_parallelism_leaves_latents_norms_routers_and_experts_whole(tiny):

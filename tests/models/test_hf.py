@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import math
 import sys
 import weakref
@@ -230,11 +229,16 @@ def test_the_config_says_what_engines_ask_for(tiny, tmp_path):
 
 
 def test_every_parameter_has_exactly_one_place(tiny):
-    for changes in ({}, {"q_lora_rank": 9, "shared_experts": 2}, {"shared_experts": 0, "first_dense": 0}):
+    for changes in (
+        {},
+        {"q_lora_rank": 9, "shared_experts": 2},
+        {"shared_experts": 0, "first_dense": 0, "mtp_depth": 1},
+    ):
         model = Transformer(tiny(**changes))
         seen = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-        for slot in slots(model.config).values():
-            slot.view(seen).add_(1)
+        for name, slot in slots(model.config).items():
+            if not name.endswith(("layers.2.embed_tokens.weight", "shared_head.head.weight")):  # repeated
+                slot.view(seen).add_(1)
         assert all((count == (0 if name.endswith("load_E") else 1)).all() for name, count in seen.items())
 
 
@@ -362,21 +366,33 @@ def rewrite(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
-def test_multi_token_prediction_layers_and_rotary_tables_are_left_out(tiny, tmp_path, caplog):
+@pytest.mark.parametrize("first_dense", [0, 1])
+def test_multi_token_prediction_layers_follow_the_trunks(tiny, tmp_path, first_dense):
+    """They come back bit for bit, are not scaled by the trunk's 1/m_L, and repeat embedding and head."""
+    model = randomised(tiny(mtp_depth=2, depth=4, first_dense=first_dense, base=Base(width=32, depth=3)))
+    folder = save_hf(model, tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    module = model.mtp[1]
+    for name, ours in {
+        "eh_proj": module.eh_proj,
+        "enorm": module.enorm,
+        "hnorm": module.hnorm,
+        "self_attn.o_proj": module.block.attn.out,
+        "shared_head.norm": module.norm,
+        "shared_head.head": model.head,
+        "embed_tokens": model.embed,
+    }.items():
+        assert torch.equal(weights[f"model.layers.5.{name}.weight"], ours.weight), name
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    assert same(load_hf(folder), model)
+
+
+def test_rotary_tables_are_left_out_and_a_promised_layer_may_be_missing(tiny, tmp_path):
     model = randomised(tiny())
     folder = save_hf(model, tmp_path / "out")
-
-    def add(weights):
-        weights["model.layers.2.eh_proj.weight"] = torch.zeros(32, 64)
-        weights["model.layers.2.enorm.weight"] = torch.zeros(32)
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
-
-    rewrite(folder, add)
-    with caplog.at_level(logging.WARNING):
-        assert same(load_hf(folder), model)
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{folder}: skipped 2 tensors of its multi-token prediction layers"
-    ]
+    rewrite(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}))
+    edit(folder, num_nextn_predict_layers=1)  # what transformers writes, layer or not
+    assert same(load_hf(folder), model)
 
 
 # --- what is refused
