@@ -12,6 +12,7 @@ from lit_reason.callbacks import MuPCoordCheck
 from lit_reason.callbacks.coord_check import probe_rows
 from lit_reason.data.loader import CursorLoader, text_batch
 from lit_reason.models import Base, ModelConfig, Transformer
+from lit_reason.models.coord import CoordinateProbe
 from lit_reason.modules import PretrainModule
 from lit_reason.optim import AdamW
 
@@ -115,13 +116,16 @@ class Net(L.LightningModule):
 
 
 @pytest.mark.parametrize(("call", "accumulate"), [("forward", 1), ("model", 3)])
-def test_a_strangers_module_is_measured_by_role(fit, call, accumulate):
-    """A forward pass with dropout would move the random state of training."""
+def test_a_strangers_module_is_measured_by_role(fit, call, accumulate, monkeypatch):
+    """A forward pass with dropout would move the random state of training. One measurement per optimizer step."""
+    measure, calls = CoordinateProbe.measure, []
+    monkeypatch.setattr(CoordinateProbe, "measure", lambda probe: calls.append(1) or measure(probe))
     check = MuPCoordCheck(per_module=True)
     _, measured = fit([check], module=_seeded(call), accumulate_grad_batches=accumulate)
     _, plain = fit([], module=_seeded(call), accumulate_grad_batches=accumulate)
     assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters(), strict=True))
-    assert list(check.measured) == [1, 2, 3, 4] and check.measured[4]["coord/update/matrix"] > 0
+    assert list(check.measured) == [1, 2, 3, 4] and len(calls) == 4
+    assert check.measured[4]["coord/update/matrix"] > 0
     assert check.measured[1]["coord/change/matrix/0" if call == "model" else "coord/change/matrix/net.0"] > 0
 
 

@@ -1,0 +1,1 @@
+"""What `coord_check.py` and `lr_transfer.py` share."""
