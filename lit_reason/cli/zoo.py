@@ -66,7 +66,7 @@ def _add_count(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     known = "a name out of conf/model or of the shelf, a folder, or a config.json (ours or Hugging Face DeepSeek's)"
     command.add_argument("config", metavar="CONFIG", help=known)
     command.add_argument("--seq-len", type=int, metavar="T", help="tokens (default: 4096, or what the model takes)")
-    command.add_argument("--mtp-layers", type=int, default=0, metavar="N", help="multi-token-prediction layers")
+    command.add_argument("--mtp-layers", type=int, metavar="N", help="multi-token prediction (default: as configured)")
     command.add_argument("--dtype", default="bf16", help=f"of the weights: {', '.join(DTYPES)} (default: bf16)")
     command.add_argument(
         "--kv-dtype", metavar="DTYPE", help=f"of the KV cache: {', '.join(KV_DTYPES)} (default: the weights')"

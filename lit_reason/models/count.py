@@ -146,7 +146,7 @@ def count(
     config: ModelConfig,
     *,
     seq_len: int | None = None,
-    mtp_layers: int = 0,
+    mtp_layers: int | None = None,
     dtype: str = "bf16",
     kv_dtype: str | None = None,
     optimizer: str = "adamw",
@@ -161,7 +161,8 @@ def count(
 
     Args:
         seq_len: T of the attention term (tokens); None is 4096, or `max_seq_len` if that is less.
-        mtp_layers: multi-token-prediction layers (2412.19437, section 2.2); DeepSeek-V3 was trained with 1.
+        mtp_layers: multi-token-prediction layers (2412.19437, section 2.2), 1 in DeepSeek-V3's training; None is the
+            config's `mtp_depth`.
         dtype: of the weights, a key of `DTYPES`; gradients and optimizer state have it too, as in PyTorch. Routers are
             always fp32.
         kv_dtype: of the cache, a key of `KV_DTYPES`; None is `dtype`.
@@ -176,6 +177,7 @@ def count(
     layout = layout or Layout()
     kv_dtype = kv_dtype or dtype
     seq_len = min(4096, config.max_seq_len) if seq_len is None else seq_len
+    mtp_layers = config.mtp_depth if mtp_layers is None else mtp_layers
     _check(config, seq_len, mtp_layers, layout)
     _check_name("dtype", dtype, DTYPES)
     _check_name("kv_dtype", kv_dtype, KV_DTYPES)

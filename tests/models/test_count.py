@@ -87,6 +87,14 @@ def test_parameters_of_the_built_model(tiny, case):
     assert (found.embedding, found.head) == (sizes["embed.weight"], sizes["head.weight"])
 
 
+@pytest.mark.parametrize("case", ODD)
+def test_parameters_of_built_mtp_modules(tiny, case):
+    config = tiny(**ODD[case], mtp_depth=2)
+    found = count(config)
+    assert found.total == count(config, mtp_layers=0).total
+    assert found.total + found.mtp == sum(p.numel() for p in Transformer(config).parameters())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_the_published_models_on_the_meta_device(name):
     with torch.device("meta"):
