@@ -118,7 +118,9 @@ class clean_errors:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             return
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)
+            print(
+                "interrupted (a training run goes on from its last checkpoint with the same command)", file=sys.stderr
+            )
             sys.exit(130)
         if not isinstance(error, LitReasonError):
             return

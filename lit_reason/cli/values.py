@@ -169,4 +169,9 @@ def _check_engine(cfg: DictConfig) -> None:
 
     engine = checked_build(cfg, "rollout.engine")
     if getattr(engine, "func", None) is BuiltinEngine:
-        engine(tokenizer=None)
+        speculative = engine(tokenizer=None).speculative
+        if speculative and cfg.init is None and not OmegaConf.select(cfg, "model.mtp_depth"):
+            raise ConfigError(
+                "rollout.engine.speculative=true: the model has no multi-token-prediction module that could draft. "
+                "Type model.mtp_depth=1, or leave rollout.engine.speculative out"
+            )

@@ -16,7 +16,7 @@ SLOTS = 16  # positions are read in multiples of this, so that decoding meets fe
 
 class LatentCache:
     """Latents of B sequences. `layers[l]` is (B, S, C): the normalised latent first, then the rotated key. First the
-    trunk's layers, then those of multi-token-prediction modules.
+    trunk's layers, then, with `draft`, that of the first multi-token-prediction module.
 
     Args:
         config: the model's shape.
@@ -25,13 +25,19 @@ class LatentCache:
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        *,
+        draft: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         capacity = -(-capacity // SLOTS) * SLOTS
         channels = config.kv_lora_rank + config.qk_rope_head_dim
         self.layers: list[Tensor] = [
-            torch.zeros(rows, capacity, channels, dtype=dtype, device=device)
-            for _ in range(config.depth + config.mtp_depth)
+            torch.zeros(rows, capacity, channels, dtype=dtype, device=device) for _ in range(config.depth + draft)
         ]
 
     @property

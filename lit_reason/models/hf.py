@@ -21,7 +21,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,8 +85,11 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Transformer
         router.load_E.zero_()
     places, tensors = slots(config), model.state_dict()
     halves = values.get("rope_interleave") is False
-    for name in shards.ordered(places):
+    for name in shards.ordered([name for name, slot in places.items() if not slot.repeated]):
         _fill(places[name].view(tensors), name, shards, config, places[name].folded, halves)
+    for name, slot in places.items():
+        if slot.repeated and name in shards.file_of:
+            _check_repeated(slot.view(tensors), name, shards)
     _check_leftovers(shards)
     return model
 
@@ -403,7 +406,8 @@ def _block(values: Mapping[str, Any]) -> tuple[int, int]:
 class Slot:
     """A checkpoint tensor's place in ours: rows `start:stop` of `name`, or of its expert `expert`.
 
-    `folded`: the checkpoint holds it times the residual multiplier.
+    `folded`: the checkpoint holds it times the residual multiplier. `repeated`: another tensor has this place too, and
+    this one must equal it, if it is there at all.
     """
 
     name: str
@@ -411,6 +415,7 @@ class Slot:
     stop: int | None = None
     expert: int | None = None
     folded: bool = False
+    repeated: bool = False
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
         tensor = tensors[self.name]
@@ -440,8 +445,8 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
             "shared_head.norm": "norm",
         }.items():
             out[f"{layer}{theirs}.weight"] = Slot(f"mtp.{k}.{ours}.weight")
-        out[f"{layer}embed_tokens.weight"] = Slot("embed.weight")
-        out[f"{layer}shared_head.head.weight"] = Slot("head.weight")
+        out[f"{layer}embed_tokens.weight"] = Slot("embed.weight", repeated=True)
+        out[f"{layer}shared_head.head.weight"] = Slot("head.weight", repeated=True)
     return out
 
 
@@ -499,7 +504,7 @@ class _Shards:
         """How many multi-token-prediction layers the files hold; config.json often names one that is not there."""
         return sum(name.endswith(".eh_proj.weight") for name in self.file_of)
 
-    def ordered(self, names: Mapping[str, Any]) -> list[str]:
+    def ordered(self, names: Sequence[str]) -> list[str]:
         """`names` file after file. DataError if the folder lacks some."""
         if missing := [name for name in names if name not in self.file_of]:
             raise DataError(f"{self.folder} lacks {len(missing)} tensors that {CONFIG} asks for: {_some(missing)}")
@@ -594,6 +599,15 @@ def _fill(target: Tensor, name: str, shards: _Shards, config: ModelConfig, folde
     if folded and config.residual_scale != 1:
         source = unfold(source, config.residual_scale, shards.rounding(name))
     target.copy_(_interleave(name, source, config) if halves else source)
+
+
+def _check_repeated(target: Tensor, name: str, shards: _Shards) -> None:
+    source = shards.read(name)
+    if source.shape != target.shape or not torch.equal(source.to(target.dtype), target):
+        raise DataError(
+            f"{shards.folder}: {name} differs from the trunk's own; a multi-token-prediction layer with an embedding "
+            "or a head of its own cannot be expressed"
+        )
 
 
 def _check_leftovers(shards: _Shards) -> None:

@@ -90,13 +90,16 @@ class Transformer(nn.Module):
 
         Args:
             target_ids_BT: the token after each input.
-            valid_BT: as in `hidden`.
+            valid_BT: as in `hidden`; depth k counts position i if input i + k is there.
         """
+        valid_BT = torch.ones_like(target_ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
         rotation = rope_table(self.config, target_ids_BT.device)[: target_ids_BT.shape[1]]
         found = []
-        for depth, module in enumerate(self.mtp):
-            embedded = self.embed(target_ids_BT.roll(-depth, dims=1))
-            states, balance = module(hidden.states_BTD, embedded, rotation, causal, valid=valid_BT)
+        for k, module in enumerate(self.mtp, start=1):
+            embedded = self.embed(target_ids_BT.roll(1 - k, dims=1))
+            counted_BT = torch.zeros_like(valid_BT)
+            counted_BT[:, :-k] = valid_BT[:, k:]
+            states, balance = module(hidden.states_BTD, embedded, rotation, causal, valid=counted_BT)
             hidden = Hidden(states, states.new_zeros(()) if balance is None else balance)
             found.append(hidden)
         return found
@@ -157,10 +160,10 @@ class Transformer(nn.Module):
         assert isinstance(module, MTPModule)
         return self.head(module.decode(states_BKD, self.embed(next_BK), rotation_BKR, layer, at))
 
-    def new_cache(self, rows: int, capacity: int) -> LatentCache:
-        """An empty cache in the weights' dtype and on their device."""
+    def new_cache(self, rows: int, capacity: int, draft: bool = False) -> LatentCache:
+        """An empty cache in the weights' dtype and on their device; `draft`: with a layer for `draft` too."""
         weight = self.embed.weight
-        return LatentCache(self.config, rows, capacity, dtype=weight.dtype, device=weight.device)
+        return LatentCache(self.config, rows, capacity, draft=draft, dtype=weight.dtype, device=weight.device)
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]

@@ -4,7 +4,8 @@
             the first always counts; the second does if the first equals the draft
             both states and their next tokens  ->  module  ->  the next draft
 
-The tokens are those of plain greedy decoding; only the number of steps differs.
+The tokens are those of plain greedy decoding, but for ties within rounding; only the number of steps differs. Every
+prompt is read once per row: greedy requests rarely repeat one.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class Emitted:
 
     def __init__(self, length_B: Tensor, max_tokens: int, room: int, stop_ids: Tensor) -> None:
         B, device = len(length_B), length_B.device
-        self.tokens_BT = torch.zeros(B, max_tokens, dtype=torch.int64, device=device)
-        self.logprobs_BT = torch.zeros(B, max_tokens, device=device)
+        self.limit_B = (room - length_B).clamp_max(max_tokens)
+        T = int(self.limit_B.max())
+        self.tokens_BT = torch.zeros(B, T, dtype=torch.int64, device=device)
+        self.logprobs_BT = torch.zeros(B, T, device=device)
         self.count_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
         self.alive_B = torch.ones(B, dtype=torch.bool, device=device)
-        self.limit_B = (room - length_B).clamp_max(max_tokens)
         self.stop_ids = stop_ids
 
-    def add(self, row_R: Tensor, token_R: Tensor, logprob_R: Tensor, counts_R: Tensor) -> None:
-        """One token to each row of `row_R` that is alive and of which `counts_R` says that it counts."""
+    def add(self, row_R: Tensor, token_R: Tensor, logprob_R: Tensor, counts_R: Tensor) -> int:
+        """One token to each row of `row_R` that is alive and of which `counts_R` says that it counts; how many."""
         kept = counts_R & self.alive_B[row_R]
         row, token = row_R[kept], token_R[kept]
         self.tokens_BT[row, self.count_B[row]] = token
@@ -50,6 +52,7 @@ class Emitted:
         self.count_B[row] += 1
         self.stopped_B[row] = torch.isin(token, self.stop_ids)
         self.alive_B[row] = ~self.stopped_B[row] & (self.count_B[row] < self.limit_B[row])
+        return row.numel()
 
     def rows(self) -> Rows:
         counts, stops = self.count_B.tolist(), self.stopped_B.tolist()
@@ -70,13 +73,14 @@ def generate_with_drafts(
         report: told after each step how many tokens it made and how many rows are finished.
 
     Returns:
-        Token ids, log-probs and "a stop token ended it" of each prompt; drafts made for live rows, and accepted ones.
+        Token ids, log-probs and "a stop token ended it" of each prompt; drafts made for live
+        rows, and those that gave a token.
     """
     device, room = model.embed.weight.device, model.config.max_seq_len
     length_B = torch.tensor([len(ids) for ids in prompts], device=device)
     out = Emitted(length_B, max_tokens, room, stop_ids)
     row = torch.arange(len(prompts), device=device)
-    cache = model.new_cache(len(prompts), int(length_B.max()))
+    cache = model.new_cache(len(prompts), int(length_B.max()), draft=True)
     token, logprob, draft = _prefill(model, prompts, length_B, cache)
     out.add(row, token, logprob, out.alive_B)
     position, drafted, accepted, made = length_B, 0, 0, 0
@@ -95,10 +99,8 @@ def generate_with_drafts(
         states_R2D = model.decode_states(torch.stack((token, draft), dim=1), position_R2, cache)
         next_R2, logprob_R2 = _greedy(model.head(states_R2D))
         hit = next_R2[:, 0] == draft
-        live = out.alive_B[row]
-        drafted, accepted = drafted + int(live.sum()), accepted + int((live & hit).sum())
-        out.add(row, next_R2[:, 0], logprob_R2[:, 0], live)
-        out.add(row, next_R2[:, 1], logprob_R2[:, 1], hit)
+        drafted += out.add(row, next_R2[:, 0], logprob_R2[:, 0], out.alive_B[row])
+        accepted += out.add(row, next_R2[:, 1], logprob_R2[:, 1], hit)
         drafts_R2 = model.draft(states_R2D, next_R2, position_R2, cache).argmax(-1)
         last = hit.long()[:, None]
         token, draft = next_R2.gather(1, last).squeeze(1), drafts_R2.gather(1, last).squeeze(1)

@@ -57,6 +57,7 @@ def check(*overrides):
         ("evaluation.k=-1", "evaluation.k=-1; valid: a whole number of 0 or more"),
         ("rollout.engine.dtype=float16", "rollout.engine.dtype='float16': valid bfloat16, float32"),
         ("rollout.engine.max_rows=0", "rollout.engine.max_rows=0: must be at least 1"),
+        ("rollout.engine.speculative=true", "Type model.mtp_depth=1, or leave"),
         ("reward.format=null", "reward.format=None is no reward. To leave it out type '~reward.format'"),
         ("rollout.max_fault_fraction=abc", "rollout.max_fault_fraction='abc'; valid: a number from 0 to 1"),
         ("priming=null", "priming=None; valid: a node with a _target_"),

@@ -387,6 +387,19 @@ def test_multi_token_prediction_layers_follow_the_trunks(tiny, tmp_path, first_d
     assert same(load_hf(folder), model)
 
 
+def test_a_prediction_layers_own_embedding_or_head_is_refused_and_need_not_be_there(tiny, tmp_path):
+    model = randomised(tiny(mtp_depth=1))
+    names = [f"model.layers.2.{name}.weight" for name in ("embed_tokens", "shared_head.head")]
+    for i, name in enumerate(names):
+        folder = save_hf(model, tmp_path / f"own{i}")
+        rewrite(folder, lambda weights, name=name: weights[name].add_(1))
+        with pytest.raises(DataError, match=f"{name} differs from the trunk's own"):
+            load_hf(folder)
+    folder = save_hf(model, tmp_path / "bare")
+    rewrite(folder, lambda weights: [weights.pop(name) for name in names])
+    assert same(load_hf(folder), model)
+
+
 def test_rotary_tables_are_left_out_and_a_promised_layer_may_be_missing(tiny, tmp_path):
     model = randomised(tiny())
     folder = save_hf(model, tmp_path / "out")

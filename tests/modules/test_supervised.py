@@ -73,6 +73,21 @@ def test_the_loss_of_multi_token_prediction_by_hand(make_model, batch, fit):
     assert logged["loss"] == pytest.approx(expected + 0.25 * sum(means) / 2, rel=1e-5)
 
 
+def test_a_prediction_modules_experts_are_balanced_too(make_model, batch, fit):
+    """Its balance loss enters the loss, and its router counts what depth k really sees: 5 - k and 8 - k tokens."""
+    model, counted = make_model(first_dense=0, mtp_depth=2, balance_loss=0.5, mtp_loss=0.0), []
+    with torch.no_grad():
+        expected, _ = by_hand(model.eval(), batch)
+    model.train()
+    routers = model.routers()
+    for router in routers:
+        router.update_bias = lambda rate, router=router: counted.append(int(router.load_E.sum()))
+    logged = fit(SFTModule(model, AdamW(lr=1e-3)), [batch]).metrics[0]
+    k = routers[0].k
+    assert counted == [*[13 * k] * (len(routers) - 2), 11 * k, 9 * k]
+    assert logged["loss"] == pytest.approx(expected + 0.5 * len(routers) * logged["balance_loss"], rel=1e-5)
+
+
 def test_biases_move_and_padding_is_not_counted(make_model, batch, fit):
     seen = []
     model = make_model()

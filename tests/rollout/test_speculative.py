@@ -33,16 +33,16 @@ def drafting() -> Transformer:
 
 
 @pytest.mark.parametrize("stop_id", [CIRCLE[-1].item(), 271])  # the second never comes: rows end at the limits
-@pytest.mark.parametrize("max_tokens", [1, 2, 7, 100])
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 10**11])
 def test_the_tokens_are_those_of_plain_greedy_decoding(drafting, prompts, max_tokens, stop_id):
     tokenizer = ByteTokenizer()
     tokenizer.stop_ids = (stop_id,)
-    asked, sampling = prompts(12), Sampling(temperature=0.0, max_tokens=max_tokens)
+    asked, sampling = prompts(60), Sampling(temperature=0.0, max_tokens=max_tokens)
     plain, drafts = (BuiltinEngine(tokenizer, "float32", speculative=flag) for flag in (False, True))
     found = []
     for engine in (plain, drafts):
         engine.push(drafting, version=0)
-        found.append(engine.generate(asked, sampling, seeds=range(12)))
+        found.append(engine.generate(asked, sampling, seeds=range(60)))
     for a, b in zip(*found, strict=True):
         assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
         assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
@@ -56,7 +56,7 @@ def test_the_draft_is_what_training_makes_of_the_same_tokens(drafting):
     ids = CIRCLE[(torch.randint(0, 11, (3, 1)) + torch.arange(13)) % 11]
     hidden = drafting.hidden(ids[:, :-1])
     wanted = drafting.head(drafting.further(hidden, ids[:, 1:])[0].states_BTD)
-    cache = drafting.new_cache(3, 16)
+    cache = drafting.new_cache(3, 16, draft=True)
     first = drafting.hidden(ids[:, :8], cache=cache)
     start = drafting.head(drafting.prefill_draft(first, ids[:, 1:9], cache))
     torch.testing.assert_close(start, wanted[:, :8], atol=1e-5, rtol=1e-5)
