@@ -24,7 +24,8 @@ from lit_reason.data.tokenizer import BYTE_FILE, load_tokenizer
 from lit_reason.errors import ConfigError, DataError, LitReasonError, ZooError, nearest
 from lit_reason.models import ModelConfig
 from lit_reason.models.count import DTYPES, KV_DTYPES, OPTIMIZERS, Layout, count
-from lit_reason.models.hf import from_hf_config, load_hf, save_hf
+from lit_reason.models.hf import load_hf, save_hf
+from lit_reason.models.hf_config import from_hf_config
 from lit_reason.zoo.manifest import FOLDER_PREFIX, locate, read_entry, read_index
 from lit_reason.zoo.store import CODE_KEYS
 

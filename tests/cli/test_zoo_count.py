@@ -11,7 +11,7 @@ from lit_reason.cli.zoo import main
 from lit_reason.config import instantiate
 from lit_reason.models import ModelConfig
 from lit_reason.models.count import Layout, count
-from lit_reason.models.hf import from_hf_config
+from lit_reason.models.hf_config import from_hf_config
 from lit_reason.zoo import default_shelf
 
 CONFIG = ModelConfig(width=24, depth=3, max_seq_len=64)

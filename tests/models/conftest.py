@@ -1,6 +1,8 @@
 """One tiny model shape for every test of this folder."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,3 +32,29 @@ TINY: dict[str, Any] = {
 def tiny() -> Callable[..., ModelConfig]:
     """`tiny(depth=3)`: the tiny shape with changes."""
     return lambda **changes: ModelConfig(**(TINY | changes))
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """`edit(folder, key=value)`: changes a folder's config.json."""
+
+    def change(folder: Path, **changes: Any) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.fixture
+def ladder() -> Callable[[int], ModelConfig]:
+    """`ladder(64)`: a shape whose ranks, heads and hidden widths grow with the width; its muP base has width 32."""
+
+    def shape(width: int) -> ModelConfig:
+        m = width // 32
+        return ModelConfig(
+            vocab_size=64, width=width, depth=2, heads=2 * m, kv_lora_rank=16 * m, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=16, ffn_width=64 * m, experts=4, expert_width=32 * m,
+            base=Base(width=32, depth=2, heads=2, kv_lora_rank=16, ffn_width=64, expert_width=32),
+        )  # fmt: skip
+
+    return shape

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_reason.models import Base, ModelConfig, Transformer, parameter_roles
+from lit_reason.models import Transformer, parameter_roles
 from lit_reason.models.coord import CoordinateProbe, by_kind, rms, slope
 from lit_reason.models.rope import rope_table
 
@@ -161,17 +161,10 @@ def test_a_model_that_is_not_ours_is_measured_by_role():
     assert found.update["other/0"] == 0.0 and found.change["matrix/3"] > 0
 
 
-def updates_at(width: int, wrong: str | None) -> dict[str, float]:
+def updates_at(ladder, width: int, wrong: str | None) -> dict[str, float]:
     """Effective updates after 2 Adam steps; the role `wrong` keeps the base width's learning rate."""
     torch.manual_seed(0)
-    m = width / 32
-    model = Transformer(
-        ModelConfig(
-            vocab_size=64, width=width, depth=2, heads=int(2 * m), kv_lora_rank=int(16 * m), qk_nope_head_dim=8,
-            qk_rope_head_dim=8, v_head_dim=16, ffn_width=int(64 * m), experts=4, expert_width=int(32 * m),
-            base=Base(width=32, depth=2, heads=2, kv_lora_rank=16, ffn_width=64, expert_width=32),
-        )
-    )  # fmt: skip
+    model = Transformer(ladder(width))
     roles = parameter_roles(model)
     roles = {name: replace(role, lr=1.0) if role.kind == wrong else role for name, role in roles.items()}
     lr = 2**-10
@@ -195,8 +188,8 @@ def updates_at(width: int, wrong: str | None) -> dict[str, float]:
         ("expert", {"expert_gate", "expert_up", "expert_down"}),
     ],
 )
-def test_a_role_whose_rate_is_not_divided_by_the_width_is_found_out(wrong, found):
+def test_a_role_whose_rate_is_not_divided_by_the_width_is_found_out(ladder, wrong, found):
     widths = (32, 64, 128)
-    values = [updates_at(width, wrong) for width in widths]
+    values = [updates_at(ladder, width, wrong) for width in widths]
     slopes = {kind: slope(widths, [value[kind] for value in values]) for kind in values[0]}
     assert {kind for kind, value in slopes.items() if value > 0.4} == found

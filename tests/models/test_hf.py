@@ -14,8 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_reason.errors import ConfigError, DataError
-from lit_reason.models import Base, Transformer, Yarn, hf
-from lit_reason.models.hf import dequantise, fold, from_hf_config, load_hf, save_hf, slots, to_hf_config, unfold
+from lit_reason.models import Base, Transformer, hf
+from lit_reason.models.hf import fold, load_hf, save_hf, unfold
+from lit_reason.models.hf_config import from_hf_config
+from lit_reason.models.hf_files import ROUNDING, Shards, dequantise
+from lit_reason.models.hf_slots import slots
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "hf_parity.py"
 
@@ -45,72 +48,6 @@ def test_yarn_without_its_mscale_fields_means_what_transformers_does(parity):
     assert config.yarn is not None and (config.yarn.mscale, config.yarn.mscale_all_dim) == (1.0, 0.0)
 
 
-PUBLISHED = {  # config.json as released, less what no shape depends on
-    "DeepSeek-V3": {
-        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61,
-        "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 18432,
-        "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
-        "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "moe_layer_freq": 1, "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rms_norm_eps": 1e-06,
-        "rope_theta": 10000, "max_position_embeddings": 163840, "num_nextn_predict_layers": 1, "hidden_act": "silu",
-        "rope_scaling": {
-            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
-        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
-    },
-    "DeepSeek-V2-Lite": {
-        "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 10944,
-        "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
-        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy", "rms_norm_eps": 1e-06,
-        "rope_theta": 10000, "max_position_embeddings": 163840, "aux_loss_alpha": 0.001, "seq_aux": True,
-        "rope_scaling": {
-            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 4096,
-        },
-    },
-}  # fmt: skip
-PUBLISHED["Moonlight-16B-A3B"] = PUBLISHED["DeepSeek-V2-Lite"] | {
-    "model_type": "deepseek_v3", "vocab_size": 163840, "intermediate_size": 11264, "rms_norm_eps": 1e-5,
-    "norm_topk_prob": True, "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-    "rope_theta": 50000.0, "rope_scaling": None, "max_position_embeddings": 8192, "num_nextn_predict_layers": 0,
-}  # fmt: skip
-PUBLISHED["DeepSeek-V2"] = PUBLISHED["DeepSeek-V2-Lite"] | {
-    "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128,
-    "q_lora_rank": 1536, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160,
-    "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0, "topk_method": "group_limited_greedy",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),  # the technical reports' 671B, 15.7B, 15.29B + embedding, 236B, to the last one
-    [
-        ("DeepSeek-V3", 671_026_404_352),
-        ("DeepSeek-V2-Lite", 15_706_484_224),
-        ("Moonlight-16B-A3B", 15_960_108_544),
-        ("DeepSeek-V2", 235_741_434_880),
-    ],
-)
-def test_published_configs_have_the_published_sizes(name, parameters):
-    config = from_hf_config(PUBLISHED[name])
-    with torch.device("meta"):
-        model = Transformer(config)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    places, tensors = slots(config), model.state_dict()
-    covered = sum(slot.view(tensors).numel() for key, slot in places.items() if not key.endswith("correction_bias"))
-    assert covered == parameters
-    assert config.residual_scale == 1 and config.latent_eps == 1e-6
-    again = to_hf_config(config, "bfloat16")
-    ignored = ("quantization_config", "num_nextn_predict_layers", "rope_scaling")
-    assert {k: again[k] for k in PUBLISHED[name] if k not in ignored} == {
-        k: v for k, v in PUBLISHED[name].items() if k not in ignored
-    }
-
-
 def randomised(config, dtype=torch.float32) -> Transformer:
     torch.manual_seed(5)
     model = Transformer(config).to(dtype)
@@ -129,11 +66,6 @@ def same(a: Transformer, b: Transformer) -> bool:
     return a.config == b.config and left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def edit(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 # --- out and back
 
 
@@ -145,7 +77,7 @@ def test_the_round_trip_is_exact_whatever_the_residual_multiplier(tiny, tmp_path
     base = Base(width=16, depth=base_depth, heads=1, expert_width=8)
     model = randomised(tiny(depth=depth, base=base, init_gain=0.7, embed_std=0.3, balance_loss=2e-4), dtype)
     save_hf(model, tmp_path / "out")
-    assert (tmp_path / "out" / hf.ROUNDING).exists() == rounds
+    assert (tmp_path / "out" / ROUNDING).exists() == rounds
     assert same(load_hf(tmp_path / "out"), model)
     assert load_hf(tmp_path / "out", torch.float32).embed.weight.dtype == torch.float32
 
@@ -175,57 +107,10 @@ def test_folding_is_correctly_rounded_and_undone_bit_for_bit():
 def test_another_programs_copy_unfolds_within_one_unit(tiny, tmp_path):
     model = randomised(tiny(depth=3, base=Base(width=16, depth=2)))
     folder = save_hf(model, tmp_path / "out")
-    (folder / hf.ROUNDING).unlink()
+    (folder / ROUNDING).unlink()
     ours, again = model.state_dict(), load_hf(folder).state_dict()
     for name in ours:
         torch.testing.assert_close(again[name], ours[name], rtol=2**-23, atol=0)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q_lora_rank": 9, "expert_groups": 4, "groups_per_token": 2, "routed_scale": 2.5, "shared_experts": 2},
-        {"scoring": "softmax", "norm_topk_prob": False, "shared_experts": 0},
-        {
-            "scoring": "softmax",
-            "norm_topk_prob": False,
-            "expert_groups": 8,
-            "groups_per_token": 3,
-            "group_score": "max",
-            "routed_scale": 16.0,
-        },
-        {"norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope_theta": 5e4},
-        {"yarn": Yarn(factor=4.0, original_max_seq_len=24, mscale=0.7, mscale_all_dim=0.8)},
-        {"yarn": Yarn(factor=4.0, original_max_seq_len=24, mscale=1.0, mscale_all_dim=0.0), "norm_topk_prob": False},
-        {"first_dense": 2, "expert_width": 96},  # dense: what experts would be is not read, so it is the default
-    ],
-)
-def test_the_config_comes_back(tiny, changes):
-    config = tiny(**changes)
-    assert from_hf_config(json.loads(json.dumps(to_hf_config(config, "float32")))) == config
-
-
-def test_the_config_says_what_engines_ask_for(tiny, tmp_path):
-    folder = save_hf(Transformer(tiny()), tmp_path / "out", special_tokens={"eos_token_id": 3})
-    values = json.loads((folder / "config.json").read_text())
-    expected = {
-        "model_type": "deepseek_v3",
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "moe_layer_freq": 1,
-        "rms_norm_eps": 1e-6,
-        "moe_router_dtype": "float32",
-        "num_nextn_predict_layers": 0,
-        "rope_interleave": True,
-        "tie_word_embeddings": False,
-        "eos_token_id": 3,
-        "bos_token_id": None,
-        "torch_dtype": "float32",
-    }
-    assert {key: values[key] for key in expected} == expected
-    v2 = to_hf_config(tiny(scoring="softmax", norm_topk_prob=False), "bfloat16")
-    assert (v2["model_type"], v2["topk_method"], v2["scoring_func"]) == ("deepseek_v2", "greedy", "softmax")
 
 
 def test_every_parameter_has_exactly_one_place(tiny):
@@ -269,7 +154,7 @@ def test_shards_hold_at_most_what_was_asked_for(tiny, tmp_path):
 def test_one_source_tensor_is_in_memory_at_a_time(tiny, tmp_path, monkeypatch):
     folder = save_hf(randomised(tiny()), tmp_path / "out", max_shard_bytes=16_000)
     alive, most = weakref.WeakSet(), []
-    read = hf._Shards.read
+    read = Shards.read
 
     def counted(self, name):
         tensor = read(self, name)
@@ -277,7 +162,7 @@ def test_one_source_tensor_is_in_memory_at_a_time(tiny, tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(hf._Shards, "read", counted)
+    monkeypatch.setattr(Shards, "read", counted)
     model = load_hf(folder)
     assert len(most) == len(slots(model.config)) and max(most) == 1
 
@@ -326,7 +211,7 @@ def quantise(weight, block):
     return out.to(torch.float8_e4m3fn), scale
 
 
-def test_an_fp8_checkpoint_is_dequantised_into_bfloat16(tiny, tmp_path):
+def test_an_fp8_checkpoint_is_dequantised_into_bfloat16(tiny, edit, tmp_path):
     model = randomised(tiny(ffn_width=130, width=136, base=Base(width=136, depth=2)))  # 128x128 blocks with edges
     folder = save_hf(model, tmp_path / "out")
     weights = load_file(folder / "model.safetensors")
@@ -400,7 +285,7 @@ def test_a_prediction_layers_own_embedding_or_head_is_refused_and_need_not_be_th
     assert same(load_hf(folder), model)
 
 
-def test_rotary_tables_are_left_out_and_a_promised_layer_may_be_missing(tiny, tmp_path):
+def test_rotary_tables_are_left_out_and_a_promised_layer_may_be_missing(tiny, edit, tmp_path):
     model = randomised(tiny())
     folder = save_hf(model, tmp_path / "out")
     rewrite(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}))
@@ -409,77 +294,6 @@ def test_rotary_tables_are_left_out_and_a_promised_layer_may_be_missing(tiny, tm
 
 
 # --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"model_type": "deepseek_v4"}, ["model_type='deepseek_v4'", "'deepseek_v3'"]),
-        ({"model_type": "llama"}, ["model_type='llama'", "deepseek_v2, deepseek_v3"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
-        ({"attention_bias": True}, ["attention_bias=True", "valid: False"]),
-        ({"tie_word_embeddings": True}, ["tie_word_embeddings=True", "valid: False"]),
-        ({"moe_layer_freq": 2}, ["moe_layer_freq=2", "valid: 1"]),
-        ({"num_key_value_heads": 1}, ["num_key_value_heads=1", "valid: 2"]),
-        ({"scoring_func": "softmax"}, ["scoring_func='softmax'", "'sigmoid'"]),
-        ({"topk_method": "greedy"}, ["topk_method='greedy'", "'noaux_tc'"]),
-        ({"model_type": "deepseek_v2"}, ["topk_method='noaux_tc'", "'greedy', 'group_limited_greedy'"]),
-        ({"hidden_size": "32"}, ["hidden_size='32'", "an integer"]),
-        ({"rms_norm_eps": True}, ["rms_norm_eps=True", "a number"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_type='linear'", "'default', 'yarn'"]),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 9, "mscale": 0.7}},
-            ["mscale=0.7, mscale_all_dim=0.0", "mscale=1 with mscale_all_dim=0"],
-        ),
-        ({"rope_interleave": "no"}, ["rope_interleave='no'"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quant_method='gptq'", "'fp8'"]),
-        ({"num_hidden_layers": 4}, ["mup.residual_scale=1.0", "0.5"]),
-        ({"mup": {"base": {}}}, ["mup=", "residual_scale"]),
-        ({"num_experts_per_tok": 9}, ["experts_per_token=9", "1..8"]),
-        ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
-    ],
-)
-def test_a_config_that_cannot_be_expressed_says_why(tiny, tmp_path, changes, parts):
-    folder = save_hf(Transformer(tiny()), tmp_path / "out")
-    edit(folder, **changes)
-    with pytest.raises(ConfigError) as caught:
-        load_hf(folder)
-    for part in parts:
-        assert part in str(caught.value)
-
-
-def test_v2_with_normalised_weights_or_rotary_halves_is_refused(tiny):
-    values = to_hf_config(tiny(scoring="softmax", norm_topk_prob=False), "float32")
-    with pytest.raises(ConfigError, match="programs disagree"):
-        from_hf_config(values | {"norm_topk_prob": True})
-    with pytest.raises(ConfigError, match="rope_interleave=False"):
-        from_hf_config(values | {"rope_interleave": False})
-
-
-def test_a_missing_key_is_named(tiny):
-    for key in ("hidden_size", "q_lora_rank", "routed_scaling_factor"):
-        values = to_hf_config(tiny(), "float32")
-        del values[key]
-        with pytest.raises(ConfigError, match=f"lacks '{key}'"):
-            from_hf_config(values)
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"norm_eps": 1e-5}, "model.latent_norm_eps"),
-        ({"scoring": "softmax"}, "model.norm_topk_prob"),
-        ({"scoring": "softmax", "norm_topk_prob": False, "expert_groups": 2}, "model.group_score=top2"),
-        ({"expert_groups": 2, "group_score": "max"}, "model.group_score=max"),
-        ({"yarn": Yarn(mscale=0.7, mscale_all_dim=0.0)}, "mscale=0.7"),
-        ({"scoring": "softmax", "norm_topk_prob": False, "heads": 3}, "model.heads=3"),
-        ({"experts": 1, "experts_per_token": 1}, "model.experts=1"),
-    ],
-)
-def test_a_model_that_their_format_cannot_express_is_not_written(tiny, tmp_path, changes, part):
-    with pytest.raises(ConfigError, match=part):
-        save_hf(Transformer(tiny(**changes)), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_selection_biases_have_no_place_in_v2(tiny, tmp_path):

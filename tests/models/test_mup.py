@@ -80,17 +80,10 @@ def test_the_residual_scale_is_applied_to_both_branches():
         torch.testing.assert_close(block(x, rotation, causal)[0], expected)
 
 
-def change_of_hidden_states(width: int, mup: bool) -> float:
+def change_of_hidden_states(ladder, width: int, mup: bool) -> float:
     """RMS change of the last hidden states after 3 Adam steps on one batch."""
     torch.manual_seed(0)
-    m = width / 32
-    model = Transformer(
-        ModelConfig(
-            vocab_size=64, width=width, depth=2, heads=int(2 * m), kv_lora_rank=int(16 * m), qk_nope_head_dim=8,
-            qk_rope_head_dim=8, v_head_dim=16, ffn_width=int(64 * m), experts=4, expert_width=int(32 * m),
-            base=Base(width=32, depth=2, heads=2, kv_lora_rank=16, ffn_width=64, expert_width=32),
-        )
-    )  # fmt: skip
+    model = Transformer(ladder(width))
     model.embed.weight.requires_grad_(False)  # its change has slope 0 in both and would dilute the control
     groups = parameter_groups(model, lr=2**-11, weight_decay=0.0, eps=1e-12)
     if not mup:
@@ -111,9 +104,9 @@ def slope(values: list[float]) -> float:
     return (math.log2(values[-1]) - math.log2(values[0])) / 2
 
 
-def test_coordinates_move_the_same_at_every_width_and_not_without_mup():
+def test_coordinates_move_the_same_at_every_width_and_not_without_mup(ladder):
     widths = (32, 64, 128)
-    mup = slope([change_of_hidden_states(w, mup=True) for w in widths])
-    control = slope([change_of_hidden_states(w, mup=False) for w in widths])
+    mup = slope([change_of_hidden_states(ladder, w, mup=True) for w in widths])
+    control = slope([change_of_hidden_states(ladder, w, mup=False) for w in widths])
     assert abs(mup) <= 0.25
     assert control >= 0.4
