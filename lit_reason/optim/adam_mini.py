@@ -9,7 +9,6 @@ and not a library's: those find blocks by parameter names and take a stack of ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_reason.models.mup import Matrix, Role
-from lit_reason.optim.composite import Layout, MatrixRecipe
+from lit_reason.optim.composite import Layout, MatrixRecipe, MatrixRule
 
 WHOLE = frozenset({"query", "key", "key_rope"})  # one block per head; rows elsewhere
 
 
-class AdamMiniOptimizer(Optimizer):
+class AdamMiniOptimizer(MatrixRule):
     """Adam-mini on the blocks of its parameters' matrices.
 
     Args:
@@ -40,18 +39,9 @@ class AdamMiniOptimizer(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.layout = layout
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, layout)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the composite calls it"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         matrices, state = self.layout[parameter], self.state[parameter]
         beta1, beta2 = group["betas"]
         squares = [_block_mean(b, g.square()) for b, g in zip(matrices.blocks, matrices.split(gradient), strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_reason.models.mup import Matrices, Role, parameter_roles
@@ -62,6 +62,32 @@ class Composite(Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+class MatrixRule(Optimizer):
+    """A part of the composite that updates every parameter that has a gradient, knowing its matrices.
+
+    Args:
+        groups: parameter groups; what they hold is read from them in every step.
+        defaults: of the groups' hyper-parameters.
+        layout: the matrices of every parameter.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], layout: Layout) -> None:
+        super().__init__(groups, defaults)
+        self.layout = layout
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "the composite calls it"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, parameter.grad, group)
+
+    @abstractmethod
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step of one parameter, in place."""
 
 
 @dataclass

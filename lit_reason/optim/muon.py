@@ -10,7 +10,6 @@ matrix of a parameter is orthogonalised by itself: each expert, head, gate and u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 
 from lit_reason.errors import ConfigError, nearest
 from lit_reason.models.mup import Matrices
-from lit_reason.optim.composite import Layout, MatrixRecipe
+from lit_reason.optim.composite import Layout, MatrixRecipe, MatrixRule
 from lit_reason.optim.recipe import check_above_zero, check_fraction
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -47,7 +46,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
     return (x.mT if tall else x).reshape(shape)
 
 
-class MuonOptimizer(Optimizer):
+class MuonOptimizer(MatrixRule):
     """Muon on every matrix of its parameters.
 
     Example::
@@ -75,24 +74,18 @@ class MuonOptimizer(Optimizer):
         ns_dtype: torch.dtype = torch.bfloat16,
         mars_gamma: float = 0.0,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov})
-        self.layout, self.ns_steps, self.ns_dtype, self.mars_gamma = layout, ns_steps, ns_dtype, mars_gamma
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        super().__init__(groups, defaults, layout)
+        self.ns_steps, self.ns_dtype, self.mars_gamma = ns_steps, ns_dtype, mars_gamma
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the composite calls it"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update = self._momentum(parameter, group["momentum"], group["nesterov"])
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    self._apply(parameter, update, group["lr"])
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        direction = self._momentum(parameter, gradient, group["momentum"], group["nesterov"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        self._apply(parameter, direction, group["lr"])
 
-    def _momentum(self, parameter: Tensor, mu: float, nesterov: bool) -> Tensor:
+    def _momentum(self, parameter: Tensor, gradient: Tensor, mu: float, nesterov: bool) -> Tensor:
         """U above; the momentum itself without Nesterov, so nobody may write to it."""
         state = self.state[parameter]
-        gradient = parameter.grad
-        assert gradient is not None
         if self.mars_gamma:
             gradient = self._corrected(gradient, state, mu, self.layout[parameter])
         if "momentum" not in state:
