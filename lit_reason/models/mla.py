@@ -75,8 +75,9 @@ class MLA(nn.Module):
         # The K tokens of a row are K H queries to the same latents. T = B K tokens, Q = K H queries.
         q_latent_HTC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), k_HNC)
         q_THC = torch.cat((q_latent_HTC.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1) * self.scale
-        bias = at.bias_BKS if K == 1 else at.bias_BKS.repeat_interleave(self.heads, dim=1)
-        weights_BQS = torch.baddbmm(bias, q_THC.view(B, K * self.heads, -1), cache_BSC.transpose(1, 2)).softmax(-1)
+        weights_BQS = torch.baddbmm(at.bias_BQS, q_THC.view(B, K * self.heads, -1), cache_BSC.transpose(1, 2)).softmax(
+            -1
+        )
         # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
         out_THC = torch.bmm(weights_BQS, cache_BSC).view(B * K, self.heads, -1)[..., : self.latent]
         out_HTV = torch.bmm(out_THC.transpose(0, 1), v_HVC.transpose(1, 2))
@@ -98,13 +99,15 @@ class Cursor:
     Args:
         position_BK: int64, the positions that the new tokens take in their row.
         cache: grows to hold them.
+        heads: H; a row has Q = K H queries, or one mask for all where K = 1.
     """
 
-    def __init__(self, position_BK: Tensor, cache: LatentCache) -> None:
+    def __init__(self, position_BK: Tensor, cache: LatentCache, heads: int) -> None:
         cache.grow(int(position_BK.max()) + 1)
         latents_BSC = cache.layers[0]
         device, S = position_BK.device, latents_BSC.shape[1]
         self.position_BK = position_BK
         self.row_B1 = torch.arange(position_BK.shape[0], device=device)[:, None]
-        self.bias_BKS = torch.zeros(*position_BK.shape, S, dtype=latents_BSC.dtype, device=device)
-        self.bias_BKS.masked_fill_(torch.arange(S, device=device) > position_BK[..., None], float("-inf"))
+        bias_BKS = torch.zeros(*position_BK.shape, S, dtype=latents_BSC.dtype, device=device)
+        bias_BKS.masked_fill_(torch.arange(S, device=device) > position_BK[..., None], float("-inf"))
+        self.bias_BQS = bias_BKS if position_BK.shape[1] == 1 else bias_BKS.repeat_interleave(heads, dim=1)

@@ -134,29 +134,32 @@ class Transformer(nn.Module):
 
     def decode(self, token_B: Tensor, position_B: Tensor, cache: LatentCache) -> Tensor:
         """One token per row at `position_B`; logits_BV of the next."""
-        return self.head(self.decode_states(token_B[:, None], position_B[:, None], cache)[:, 0])
+        at = self.cursor(position_B[:, None], cache)
+        return self.head(self.decode_states(token_B[:, None], at, cache)[:, 0])
 
-    def decode_states(self, token_BK: Tensor, position_BK: Tensor, cache: LatentCache) -> Tensor:
-        """K tokens per row at their positions; the states_BKD that the head reads."""
-        at = Cursor(position_BK, cache)
+    def cursor(self, position_BK: Tensor, cache: LatentCache) -> Cursor:
+        """Where `decode_states` and `draft` shall read and write; the cache grows to hold these positions."""
+        return Cursor(position_BK, cache, self.config.heads)
+
+    def decode_states(self, token_BK: Tensor, at: Cursor, cache: LatentCache) -> Tensor:
+        """K tokens per row at the cursor's positions; the states_BKD that the head reads."""
         x = self.embed(token_BK)
-        rotation_BKR = rope_table(self.config, token_BK.device)[position_BK]
+        rotation_BKR = rope_table(self.config, token_BK.device)[at.position_BK]
         for block, layer in zip(self.blocks, cache.layers, strict=False):
             assert isinstance(block, Block)
             x = block.decode(x, rotation_BKR, layer, at)
         return self.norm(x)
 
-    def draft(self, states_BKD: Tensor, next_BK: Tensor, position_BK: Tensor, cache: LatentCache) -> Tensor:
+    def draft(self, states_BKD: Tensor, next_BK: Tensor, at: Cursor, cache: LatentCache) -> Tensor:
         """The first multi-token-prediction module's logits_BKV of the token after `next_BK`.
 
         Args:
-            states_BKD: the trunk's, at `position_BK`.
+            states_BKD: the trunk's, of `decode_states` at the same cursor.
             next_BK: the token after each position.
             cache: its layer after the trunk's belongs to the module and holds all positions before these.
         """
-        rotation_BKR = rope_table(self.config, next_BK.device)[position_BK]
-        layer, at = cache.layers[len(self.blocks)], Cursor(position_BK, cache)
-        module = self.mtp[0]
+        rotation_BKR = rope_table(self.config, next_BK.device)[at.position_BK]
+        layer, module = cache.layers[len(self.blocks)], self.mtp[0]
         assert isinstance(module, MTPModule)
         return self.head(module.decode(states_BKD, self.embed(next_BK), rotation_BKR, layer, at))
 

@@ -85,23 +85,24 @@ def generate_with_drafts(
     out.add(row, token, logprob, out.alive_B)
     position, drafted, accepted, made = length_B, 0, 0, 0
     while True:
-        live = out.alive_B[row]
-        report(int(out.count_B.sum()) - made, len(prompts) - int(live.sum()))
-        made = int(out.count_B.sum())
-        if not live.any():
+        live_R = out.alive_B[row]
+        live, total = int(live_R.sum()), int(out.count_B.sum())
+        report(total - made, len(prompts) - live)
+        made = total
+        if live == 0:
             return out.rows(), drafted, accepted
-        if round_up(int(live.sum())) < row.numel():
-            kept = (~live).argsort(stable=True)[: round_up(int(live.sum()))]
+        if round_up(live) < row.numel():
+            kept = (~live_R).argsort(stable=True)[: round_up(live)]
             cache.select(kept)
             row, token, draft, position = row[kept], token[kept], draft[kept], position[kept]
         at = position.clamp_max(room - 2)  # of finished rows that are still here
-        position_R2 = torch.stack((at, at + 1), dim=1)
-        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), position_R2, cache)
+        cursor = model.cursor(torch.stack((at, at + 1), dim=1), cache)
+        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), cursor, cache)
         next_R2, logprob_R2 = _greedy(model.head(states_R2D))
         hit = next_R2[:, 0] == draft
         drafted += out.add(row, next_R2[:, 0], logprob_R2[:, 0], out.alive_B[row])
         accepted += out.add(row, next_R2[:, 1], logprob_R2[:, 1], hit)
-        drafts_R2 = model.draft(states_R2D, next_R2, position_R2, cache).argmax(-1)
+        drafts_R2 = model.draft(states_R2D, next_R2, cursor, cache).argmax(-1)
         last = hit.long()[:, None]
         token, draft = next_R2.gather(1, last).squeeze(1), drafts_R2.gather(1, last).squeeze(1)
         position = position + 1 + hit
