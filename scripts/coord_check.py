@@ -2,15 +2,15 @@
 
     python scripts/coord_check.py --check                                  # AdamW, muP and its control, widths 64-512
     python scripts/coord_check.py --optimizer muon --check
-    python scripts/coord_check.py --depths 3 6 12 24 --width 128 --check
+    python scripts/coord_check.py --depths 3 6 12 24 --width 64 --branch-gain 0 --check
     python scripts/coord_check.py --optimizer adamw --set weight_decay=0
 
 Every model of a ladder (`scripts/scaling/ladder.py`) takes the same few steps on one batch of real text, at a quarter
 of the optimizer file's learning rate unless --lr says otherwise: the check is about small first steps. After each step
-the script measures rms(h_t - h_0) of the hidden quantities and rms((W_t - W_0) x_t) of every matrix
-(`lit_reason.models.coord`), and fits the slope of their log2 (RMS over layers, geometric mean over seeds) against log2
-of the size. Schemes: `mup`, and the control `sp`, whose initial spreads and rates are the base width's at every width.
-Prints a table; writes `benchmarks/mup/<name>.json` and `.png`.
+the script measures rms(h_t - h_0) of the hidden quantities (of the residual stream, after the last block) and
+rms((W_t - W_0) x_t) of every matrix (`lit_reason.models.coord`), and fits the slope of their log2 (RMS over layers,
+geometric mean over seeds) against log2 of the size. Schemes: `mup`, and the control `sp`, whose initial spreads and
+rates are the base width's at every width. Prints a table; writes `benchmarks/mup/<name>.json` and `.png`.
 
 Limits of |slope| after the last step:
     change of hidden quantities                 0.10, and 0.20 where the base width is below 256
@@ -29,7 +29,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,13 @@ def train(model: Transformer, recipe: OptimizerRecipe, batch_BT: Tensor, steps: 
     return found
 
 
+def ladder_of(args: argparse.Namespace) -> Ladder:
+    return Ladder(args.base_width, args.base_depth, seq_len=args.seq_len, branch_gain=args.branch_gain)
+
+
 def measure(args: argparse.Namespace) -> list[Measurement]:
     """Every model of the ladder, with a line for each."""
-    ladder = Ladder(args.base_width, args.base_depth, seq_len=args.seq_len)
+    ladder = ladder_of(args)
     rows_NT = source_rows(args.seq_len)
     found = []
     for scheme in args.schemes:
@@ -121,10 +125,17 @@ def measure(args: argparse.Namespace) -> list[Measurement]:
                 batch_BT = rows_NT[seed * args.batch : (seed + 1) * args.batch].to(args.device)
                 optimizer = recipe(args.optimizer, args.lr, tuple(args.set), schedule="constant", warmup_steps=0)
                 for step, (loss, at) in enumerate(train(model, optimizer, batch_BT, args.steps), 1):
-                    found.append(Measurement(scheme, size, seed, step, loss, at.change, at.update))
+                    change = where_it_ends(at.change, depth)
+                    found.append(Measurement(scheme, size, seed, step, loss, change, at.update))
                 took = time.perf_counter() - start
                 print(f"{scheme} {args.axis} {size} seed {seed}: loss {loss:.3f}, {took:.1f} s", flush=True)
     return found
+
+
+def where_it_ends(change: Mapping[str, float], depth: int) -> dict[str, float]:
+    """`change` without the residual stream after blocks before the last: 1 of 3 blocks is not 1 of 24."""
+    last = f"residual/blocks.{depth - 1}"
+    return {name: value for name, value in change.items() if not name.startswith("residual/") or name == last}
 
 
 def fit(measurements: Sequence[Measurement], step: int, limit_hidden: float, modules: bool = False) -> list[Slope]:
@@ -212,7 +223,7 @@ def to_record(args: argparse.Namespace, measurements: Sequence[Measurement], lim
     return {
         **circumstances(args.device),
         "settings": settings | {"recipe": str(recipe(args.optimizer, args.lr, tuple(args.set)))},
-        "ladder": asdict(Ladder(args.base_width, args.base_depth, seq_len=args.seq_len)),
+        "ladder": asdict(ladder_of(args)),
         "text": digest(source_rows(args.seq_len)),
         "limits": {"hidden": limit_hidden, "update": LIMIT_UPDATE, "update_W_UK": LIMIT_UPDATE_UK, "control": CONTROL},
         "violations": verdict(slopes),
@@ -247,6 +258,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=2, help="of weights and text (2)")
     add("--batch", type=int, default=8, help="rows of text (8)")
     add("--seq-len", type=int, default=64, help="tokens per row (64)")
+    add("--branch-gain", type=float, default=1.0, help="of ModelConfig; 0: every block starts as the identity (1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=FOLDER, help="folder of the JSON and the PNG (benchmarks/mup)")
     add("--name", help="of both files (coord_<axis>_<optimizer>)")

@@ -69,7 +69,7 @@ class Run:
 
     def losses(self, args: argparse.Namespace, rows_NT: Tensor) -> dict[str, float]:
         """`{"train": mean over the last steps, "val": on rows that no run trains on}` in nats."""
-        ladder = Ladder(args.base_width, args.depth, seq_len=args.seq_len)
+        ladder = Ladder(args.base_width, args.depth, seq_len=args.seq_len, branch_gain=args.branch_gain)
         model = ladder.model(self.width, args.depth, self.scheme, self.seed).to(args.device)
         settings = {"schedule": "linear", "warmup_steps": int(WARMUP * args.steps), "final_fraction": FINAL}
         optimizer, scheduler = recipe(self.optimizer, 2.0**self.log2_lr, tuple(args.set), **settings).build(
@@ -311,7 +311,7 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[int, Curve]]], title: str, la
 
 def settings_of(args: argparse.Namespace) -> str:
     """What two runs must share to be compared, as one string."""
-    keys = ("base_width", "depth", "steps", "batch", "seq_len", "precision", "set")
+    keys = ("base_width", "depth", "branch_gain", "steps", "batch", "seq_len", "precision", "set")
     shared = {key: getattr(args, key) for key in keys} | {"text": digest(source_rows(args.seq_len))}
     return json.dumps(shared | {"device": args.device.partition(":")[0]}, sort_keys=True)
 
@@ -323,6 +323,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--widths", type=int, nargs="+", default=[64, 128, 256])
     add("--base-width", type=int, help="where the rates are meant (the smallest width)")
     add("--depth", type=int, default=3, help="(3)")
+    add("--branch-gain", type=float, default=1.0, help="of ModelConfig; 0: every block starts as the identity (1)")
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="(mup sp)")
     add("--optimizers", nargs="+", default=["adamw"], help="names of conf/optimizer (adamw)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of every optimizer, e.g. weight_decay=0")

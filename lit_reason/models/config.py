@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -78,6 +79,9 @@ class ModelConfig:
         latent_norm_eps: the same for the two norms of the latents; None is `norm_eps`. transformers has 1e-6 there
             whatever `rms_norm_eps` says.
         init_gain: c of the initial standard deviation c / sqrt(fan_in).
+        branch_gain: factor on it for the matrices that end a residual branch (attention's output and every down
+            projection). 0 starts each block as the identity: training then moves the residual stream by the same amount
+            at every depth (docs of `scripts/coord_check.py`).
         embed_std: initial standard deviation of the embedding, the same at every width.
         base: muP base shape.
     """
@@ -112,6 +116,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     latent_norm_eps: float | None = None
     init_gain: float = 1.0
+    branch_gain: float = 1.0
     embed_std: float = 1.0
     base: Base = field(default_factory=Base)
 
@@ -129,6 +134,9 @@ class ModelConfig:
             raise ConfigError(
                 f"model.mtp_depth={self.mtp_depth}, model.mtp_loss={self.mtp_loss}: valid 0 (no such module) and above"
             )
+        for name in ("init_gain", "branch_gain", "embed_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: valid 0 and above")
         if self.moe_layers:
             self._check_routing()
 

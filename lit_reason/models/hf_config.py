@@ -151,6 +151,9 @@ def _check_mscales(mscale: float, all_dim: float) -> None:
         )
 
 
+_SPREADS = ("init_gain", "branch_gain", "embed_std")
+
+
 def _with_mup(config: ModelConfig, mup: Any) -> ModelConfig:
     """`config` with the parametrisation of its `mup` block."""
     names = ("base", "init_gain", "embed_std", "residual_scale")
@@ -162,8 +165,8 @@ def _with_mup(config: ModelConfig, mup: Any) -> ModelConfig:
     for key in base:
         if base[key] is not None:
             _number(base, key, int)
-    gain, std = (_number(mup, key, float) for key in ("init_gain", "embed_std"))
-    config = ModelConfig.from_dict({**config.to_dict(), "base": base, "init_gain": gain, "embed_std": std})
+    spreads = {key: _number({"branch_gain": 1.0, **mup}, key, float) for key in _SPREADS}  # older exports lack it
+    config = ModelConfig.from_dict({**config.to_dict(), "base": base, **spreads})
     if mup["residual_scale"] != config.residual_scale:
         raise ConfigError(
             f"mup.residual_scale={mup['residual_scale']!r} was folded into the weights, but base.depth / "
@@ -214,8 +217,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     document["mup"] = {
         "residual_scale": config.residual_scale,
         "base": asdict(config.base),
-        "init_gain": config.init_gain,
-        "embed_std": config.embed_std,
+        **{key: getattr(config, key) for key in _SPREADS},
     }
     return document
 

@@ -18,6 +18,8 @@ of it reads a normalised input.
     expert      c/sqrt(fan_in)     1/m_i  m_i            1/(m m_L)      stacked expert matrices (E, out, in)
     head        c sqrt(d0)/d       1/m    m              1              LM head (forward multiplier 1)
 
+    The matrices that end a residual branch (W_O and every down projection) start at `branch_gain` times that spread.
+
     Muon's update of a matrix is sqrt(fan_out / fan_in) times an orthogonal one at every width (2310.17813), so it needs
     to know the matrices: `Role.matrices` says which rows of a parameter are one linear map. It decays by lr *
     weight_decay without that factor. Embedding, norms, router and head have no matrices: they stay with AdamW.
@@ -133,13 +135,16 @@ def _our_roles(model: nn.Module) -> dict[str, Role]:
     config = model.config
     with torch.device("meta"):
         base = Transformer(config.base_config())
-    rows, base_rows = _row_blocks(model), _row_blocks(base)
+    rows, base_rows, ends = _row_blocks(model), _row_blocks(base), _branch_ends(model)
     m, depth = config.width / config.base.width, config.depth / config.base.depth
     roles = {}
     for name, kind in _kinds(model).items():
         shape, base_shape = model.get_parameter(name).shape, base.get_parameter(name).shape
         eps = 1 / (m * depth) if name.startswith("blocks.") else 1 / m
         role = _role(kind, config, fan_in=shape[-1], base_fan_in=base_shape[-1], eps=eps)
+        if name in ends:
+            assert role.init_std is not None
+            role = replace(role, init_std=config.branch_gain * role.init_std)
         if kind in ("hidden", "expert"):
             role = replace(role, matrices=_matrices(shape, base_shape, rows.get(name), base_rows.get(name)))
         roles[name] = role
@@ -174,6 +179,19 @@ def _row_blocks(model: nn.Module) -> dict[str, Rows]:
         elif isinstance(module, Experts):
             rows[_join(prefix, "gate_up")] = 2, {"gate_up": module.down.shape[-1]}
     return rows
+
+
+def _branch_ends(model: nn.Module) -> set[str]:
+    """The parameters whose products are added to the residual stream."""
+    ends = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, MLA):
+            ends.add(_join(prefix, "out.weight"))
+        elif isinstance(module, SwiGLU):
+            ends.add(_join(prefix, "down.weight"))
+        elif isinstance(module, Experts):
+            ends.add(_join(prefix, "down"))
+    return ends
 
 
 def _role(kind: str, config: ModelConfig, fan_in: int, base_fan_in: int, eps: float) -> Role:

@@ -33,6 +33,7 @@ class Ladder:
         base_width, base_depth: where the hyper-parameters are meant; widths are multiples of 64.
         vocab_size, seq_len: of the text.
         experts, experts_per_token: the same at every size.
+        branch_gain: of `ModelConfig`.
     """
 
     base_width: int = 64
@@ -41,6 +42,7 @@ class Ladder:
     seq_len: int = 64
     experts: int = 8
     experts_per_token: int = 2
+    branch_gain: float = 1.0
 
     def config(self, width: int, depth: int) -> ModelConfig:
         """The shape under muP. The first third of the blocks is dense, the same share at every depth."""
@@ -51,7 +53,8 @@ class Ladder:
             vocab_size=self.vocab_size, max_seq_len=self.seq_len, width=width,
             depth=depth, first_dense=max(1, depth // 3),
             qk_nope_head_dim=HEAD_DIM // 2, qk_rope_head_dim=HEAD_DIM // 2, v_head_dim=HEAD_DIM,
-            experts=self.experts, experts_per_token=self.experts_per_token, shared_experts=1, **scaled,
+            experts=self.experts, experts_per_token=self.experts_per_token, shared_experts=1,
+            branch_gain=self.branch_gain, **scaled,
             base=Base(width=self.base_width, depth=self.base_depth, **_scaled(self.base_width)),
         )  # fmt: skip
 

@@ -75,7 +75,9 @@ def same(a: Transformer, b: Transformer) -> bool:
 )  # 1/4, 2/3, 7/2, 1
 def test_the_round_trip_is_exact_whatever_the_residual_multiplier(tiny, tmp_path, dtype, depth, base_depth, rounds):
     base = Base(width=16, depth=base_depth, heads=1, expert_width=8)
-    model = randomised(tiny(depth=depth, base=base, init_gain=0.7, embed_std=0.3, balance_loss=2e-4), dtype)
+    model = randomised(
+        tiny(depth=depth, base=base, init_gain=0.7, branch_gain=0.6, embed_std=0.3, balance_loss=2e-4), dtype
+    )
     save_hf(model, tmp_path / "out")
     assert (tmp_path / "out" / ROUNDING).exists() == rounds
     assert same(load_hf(tmp_path / "out"), model)

@@ -1,11 +1,13 @@
 """muP's table row by row, the initial spread, and a coordinate check with a control that fails it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_reason.errors import ConfigError
 from lit_reason.models import Base, ModelConfig, Transformer, parameter_roles
 from lit_reason.models.attention import causal
 from lit_reason.models.rope import rope_table
@@ -67,6 +69,29 @@ def test_initial_spread():
     assert std["blocks.0.attn.q.2.weight"] == pytest.approx(128**-0.5, rel=0.02)
     assert std["blocks.1.ffn.router.weight"] == pytest.approx(256**-0.5, rel=0.05)
     assert (model.norm.weight == 1).all()
+
+
+def test_branches_that_start_at_zero_leave_the_stream_alone_and_all_else_as_it_was():
+    torch.manual_seed(0)
+    silent = Transformer(replace(wide(), branch_gain=0.0))
+    torch.manual_seed(0)
+    plain = Transformer(wide())
+    zero = {name for name, p in silent.named_parameters() if not p.any()}
+    assert zero == {n for n, _ in plain.named_parameters() if n.endswith(("attn.out.weight", "down", "down.weight"))}
+    for name, parameter in plain.named_parameters():
+        assert name in zero or torch.equal(silent.get_parameter(name), parameter), name
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(silent.hidden(ids).states_BTD, silent.norm(silent.embed(ids)))
+
+
+def test_the_spread_of_branches_is_a_factor():
+    torch.manual_seed(0)
+    model = Transformer(replace(wide(width=256), branch_gain=0.5))
+    assert model.blocks[1].ffn.experts.down.std().item() == pytest.approx(0.5 * 96**-0.5, rel=0.02)
+    assert model.blocks[0].attn.out.weight.std().item() == pytest.approx(0.5 * 256**-0.5, rel=0.02)
+    with pytest.raises(ConfigError, match=r"model.branch_gain=-1.0: valid 0"):
+        replace(wide(), branch_gain=-1.0)
 
 
 def test_the_residual_scale_is_applied_to_both_branches():

@@ -72,6 +72,11 @@ def test_the_control_keeps_the_base_width_s_spread_and_rate(coord):
     assert (mup.blocks[0].scale, sp.blocks[0].scale) == (0.5, 1.0)
 
 
+def test_the_residual_stream_is_compared_where_it_ends(coord):
+    change = {"residual/blocks.0": 1.0, "residual/blocks.2": 2.0, "q/blocks.0.attn": 3.0}
+    assert coord.where_it_ends(change, 3) == {"residual/blocks.2": 2.0, "q/blocks.0.attn": 3.0}
+
+
 def test_a_rate_takes_the_recipe_s_other_rates_along(coord):
     muon, slow = coord.recipe("muon"), coord.recipe("muon", lr=coord.recipe("muon").lr / 8)
     assert (slow.lr, slow.adamw_lr) == pytest.approx((muon.lr / 8, muon.adamw_lr / 8))
