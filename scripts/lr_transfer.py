@@ -35,16 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
-from scaling.ladder import SCHEMES, Ladder, optimizer_config, recipe
-from scaling.record import FOLDER, circumstances, new_figure, write_json
+from scaling.ladder import SCHEMES, Ladder, language_loss, optimizer_config, recipe
+from scaling.record import FOLDER, circumstances, new_figure, standard_error, write_json
 from scaling.text import digest, source_rows
 from torch import Tensor
 
-from lit_reason.models import Transformer
 from lit_reason.report.picture import COLOURS, GREY
 
 WARMUP, FINAL = 0.1, 0.05  # share of the steps; what is left of the rate at the end
@@ -97,14 +95,6 @@ class Run:
         tail = losses[-max(1, int(TAIL * args.steps)) :]
         found = {"train": statistics.fmean(tail), "val": sum(val) / len(validation_NT)}
         return found if math.isfinite(found["val"]) else {"train": math.inf, "val": math.inf}
-
-
-def language_loss(model: Transformer, rows_BT: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the next token in nats, balance loss)."""
-    with torch.autocast(rows_BT.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        hidden = model.hidden(rows_BT[:, :-1])
-        logits_BTV = model.head(hidden.states_BTD)
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT[:, 1:].flatten()), hidden.balance
 
 
 class Results:
@@ -214,10 +204,6 @@ def wider_is_better(curves: Mapping[int, Mapping[int, Curve]], log2_limit: float
 def _mean_curve(by_seed: Mapping[int, Curve]) -> Curve:
     rates = set.intersection(*(set(curve) for curve in by_seed.values()))
     return {rate: statistics.fmean(curve[rate] for curve in by_seed.values()) for rate in sorted(rates)}
-
-
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def next_rate(mean: Curve, grid: Sequence[int]) -> int | None:

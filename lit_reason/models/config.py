@@ -70,6 +70,7 @@ class ModelConfig:
         norm_topk_prob: divide the chosen experts' scores by their sum (V3); V2 uses them as they are.
         routed_scale: factor on the routing weights, after they were normalised.
         balance_loss: coefficient of the sequence-wise balance loss (2412.19437 eq. 17-20).
+        centre_bias: keep the mean of the balancing biases at 0; they choose the same experts either way.
         mtp_depth: multi-token-prediction modules after the trunk (eq. 21-25): how many tokens beyond the next one the
             supervised stages also learn to predict. They draft for speculative decoding and are no part of the policy.
         mtp_loss: coefficient of their mean loss.
@@ -108,6 +109,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scale: float = 1.0
     balance_loss: float = 1e-4
+    centre_bias: bool = False
     mtp_depth: int = 0
     mtp_loss: float = 0.3
     max_seq_len: int = 256

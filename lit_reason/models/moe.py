@@ -45,6 +45,7 @@ class Router(nn.Module):
         self.group_best = {"top2": 2, "max": 1}[config.group_score]
         self.score = {"sigmoid": torch.sigmoid, "softmax": _softmax}[config.scoring]
         self.normalise = config.norm_topk_prob
+        self.centre_bias = config.centre_bias
         self.weight = nn.Parameter(torch.empty(config.experts, config.width))
         self.register_buffer("bias_E", torch.zeros(config.experts))
         self.register_buffer("load_E", torch.zeros(config.experts))
@@ -87,9 +88,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
-        """b_i += rate * sign(mean load - load_i), then the counters start anew (2408.15664)."""
+        """b_i += rate * sign(mean load - load_i), then the counters start anew (2408.15664).
+
+        With `centre_bias` the biases' mean is taken off: the choice stays the same, and the biases cannot drift
+        together to where float32 steps are coarse.
+        """
         if rate:
             self.bias_E += rate * torch.sign(self.load_E.mean() - self.load_E)
+            if self.centre_bias:
+                self.bias_E -= self.bias_E.mean()
         self.load_E.zero_()
 
 

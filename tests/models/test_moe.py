@@ -135,6 +135,22 @@ def test_bias_goes_down_where_load_is_high_and_counters_start_anew(tiny):
     assert router.bias_E.tolist() == pytest.approx([-1e-3, 1e-3, 0, 0]) and not router.load_E.any()
 
 
+def test_centred_biases_have_mean_0_and_choose_the_same_experts(tiny):
+    plain, centred = (Router(tiny(experts=8, expert_groups=2, centre_bias=flag)) for flag in (False, True))
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(plain.weight, std=0.2, generator=generator)
+    centred.weight.data.copy_(plain.weight)
+    x_ND = torch.randn(64, plain.weight.shape[1], generator=generator)
+    for _ in range(50):
+        load_E = torch.rand(8, generator=generator) ** 4  # few experts above the mean: the plain biases drift upwards
+        for router in (plain, centred):
+            router.load_E.copy_(load_E)
+            router.update_bias(0.01)
+    assert plain.bias_E.mean() > 0.05 and centred.bias_E.mean().abs() < 1e-6
+    torch.testing.assert_close(plain.bias_E - plain.bias_E.mean(), centred.bias_E)
+    assert torch.equal(plain(x_ND).experts_NK, centred(x_ND).experts_NK)
+
+
 def test_router_stays_float32_in_a_bfloat16_model(tiny):
     model = Transformer(tiny())
     model.routers()[0].bias_E.fill_(0.1234567)
