@@ -199,7 +199,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--depth", type=int, default=3, help="the first third of the blocks is dense (3)")
     add("--experts", type=int, default=16, help="(16)")
     add("--experts-per-token", type=int, default=2, help="(2)")
-    add("--bias-rate", type=float, default=1e-3, help="(0.001)")
+    add("--bias-rate", type=float, default=0.01, help="(0.01: 300 steps are few; DeepSeek-V3 has 0.001)")
     add("--alphas", type=float, nargs="+", default=[0.001, 0.01], help="of the auxiliary loss (0.001 0.01)")
     add("--optimizer", default="adamw", help="a name of conf/optimizer (adamw)")
     add("--lr", type=float, help="at the ladder's base width (the optimizer file's)")

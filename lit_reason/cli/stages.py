@@ -73,20 +73,20 @@ def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transforme
 
 
 def load_model(name: str | Path, tokenizer: Tokenizer) -> Transformer:
-    """A saved model that was trained with this tokenizer; DataError for another one."""
+    """A saved model that was trained with this tokenizer, in float32; DataError for another one."""
     found = zoo.load(name)
     if found.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise DataError(
             f"{name} was trained with the tokenizer {found.tokenizer.fingerprint()[:12]}, data.tokenizer is "
             f"{tokenizer.fingerprint()[:12]}: its token ids mean something else. Type data.tokenizer=NAME of its own"
         )
-    return found.model
+    return found.model.float()  # bfloat16 weights lose small updates; trainer.precision says what is computed in
 
 
 def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
-    metrics = _metrics(json.loads(summary.read_text())) if summary.exists() else {}
+    metrics = card_metrics(json.loads(summary.read_text())) if summary.exists() else {}
     plain = with_defaults(to_plain(cfg), cfg.allow_targets, HANDED_IN)
     recipe: dict[str, Any] = {key: value for key, value in plain.items() if key in RECIPE}
     recipe["trainer"].pop("default_root_dir", None)
@@ -94,7 +94,7 @@ def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     return zoo.save(path, model, data.tokenizer, info, overwrite=True)
 
 
-def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
+def card_metrics(summary: dict[str, Any]) -> dict[str, Any]:
     """The card's figures, of a comparison (`..._after`) or of one evaluation."""
     found = {}
     for name, suffix in (("pass_at_1", ""), ("pass_at_1_format_blind", "_format_blind")):

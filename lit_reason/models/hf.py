@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from torch import Tensor
 from lit_reason.errors import ConfigError, DataError
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.hf_config import CONFIG, dtype_of, fp8_block, from_hf_config, to_hf_config
-from lit_reason.models.hf_files import INDEX, ROUNDING, WEIGHTS, Shards, read_json, some, to_json
-from lit_reason.models.hf_slots import Slot, slots
+from lit_reason.models.hf_files import INDEX, ROUNDING, Shards, read_json, shard_files, some, to_json
+from lit_reason.models.hf_slots import slots
 from lit_reason.models.transformer import Transformer
 
 
@@ -177,10 +177,10 @@ def _bits(x: Tensor) -> Tensor:
 def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> None:
     """The shards, their index when there are several, and `ROUNDING` when folding lost something."""
     tensors, places, scale = model.state_dict(), slots(model.config), model.config.residual_scale
-    plan = list(_shard(places, tensors, max_shard_bytes))
+    sizes = {name: _nbytes(slot.view(tensors)) for name, slot in places.items()}
+    plan = shard_files(sizes, max_shard_bytes)
     file_of, rounding = {}, {}
-    for i, names in enumerate(plan, start=1):
-        file = WEIGHTS if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
+    for file, names in plan.items():
         shard = {}
         for name in names:
             shard[name] = places[name].view(tensors).detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -191,24 +191,10 @@ def _write_weights(model: Transformer, folder: Path, max_shard_bytes: int) -> No
         save_file(shard, folder / file, metadata={"format": "pt"})
         file_of |= dict.fromkeys(names, file)
     if len(plan) > 1:
-        total = sum(_nbytes(slot.view(tensors)) for slot in places.values())
-        (folder / INDEX).write_text(to_json({"metadata": {"total_size": total}, "weight_map": file_of}))
+        document = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        (folder / INDEX).write_text(to_json(document))
     if rounding:
         save_file(rounding, folder / ROUNDING)
-
-
-def _shard(places: Mapping[str, Slot], tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
-    """Names in order, cut before a shard would exceed `limit` bytes."""
-    names: list[str] = []
-    size = 0
-    for name, slot in places.items():
-        bytes_ = _nbytes(slot.view(tensors))
-        if names and size + bytes_ > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += bytes_
-    yield names
 
 
 def _nbytes(x: Tensor) -> int:

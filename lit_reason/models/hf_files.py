@@ -20,6 +20,21 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROUNDING = "mup_rounding.bin"  # safetensors; no engine takes it for weights under this name
 
 
+def shard_files(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> tensor names in order, cut before a file's tensors would exceed `limit` bytes; a single one may."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
 class Shards:
     """The tensors of a folder, read one at a time; FP8 ones dequantised. `used` are the names that were asked for."""
 

@@ -20,11 +20,14 @@ from lit_reason.checkpoint.atomic import free_space, fsync_directory, to_json, w
 from lit_reason.data.tokenizer import Tokenizer, check_fingerprint, load_tokenizer
 from lit_reason.errors import LitReasonError, ZooError
 from lit_reason.models import ModelConfig, Transformer
+from lit_reason.models.hf_files import shard_files
 from lit_reason.zoo.card import check_info, write_card
 from lit_reason.zoo.golden import default_sequences, make_golden, worst_error
 from lit_reason.zoo.manifest import Entry, default_shelf, describe, locate, locked, read_entry, read_index, write_index
 
-WEIGHTS, CONFIG, INFO, GOLDEN, CARD = "model.safetensors", "config.json", "info.json", "golden.json", "README.md"
+CONFIG, INFO, GOLDEN, CARD = "config.json", "info.json", "golden.json", "README.md"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+MAX_FILE_BYTES = 14_000_000  # of tensors in one file: a shelf lives in git
 TOKENIZER = "tokenizer"
 # Keys by which a tokenizer's config asks for code to be imported.
 CODE_KEYS = {"auto_map", "trust_remote_code"}
@@ -134,7 +137,7 @@ def save(
         raise ZooError(f"{entry.name}: {len(bad)} parameters hold NaN or infinity ({bad[0]}, ...); nothing was saved")
     sequences = default_sequences(tokenizer.vocab_size, config.max_seq_len) if golden is None else golden
     files = {
-        WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
+        **_weight_files(weights),
         CONFIG: to_json({"model": config.to_dict(), "tokenizer": {"fingerprint": tokenizer.fingerprint()}}),
         INFO: to_json(info),
         # Of the model that `load` will build: model.to(bfloat16) also rounds its rotary tables, which are not saved.
@@ -188,6 +191,15 @@ def _put(
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _weight_files(weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The weights in files of at most about `MAX_FILE_BYTES`."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
+    return {
+        file: safetensors.torch.save({name: weights[name] for name in names}, metadata={"format": "pt"})
+        for file, names in shard_files(sizes, MAX_FILE_BYTES).items()
+    }
+
+
 def _own_memory(value: Tensor) -> Tensor:
     """A CPU copy that shares nothing: safetensors refuses tensors that overlap."""
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -210,7 +222,10 @@ def _build(entry: Entry, files: Mapping[str, bytes]) -> ZooModel:
         raise ZooError(f"{entry.folder / CONFIG} has the keys {sorted(document)}; valid: model, tokenizer")
     try:
         config = ModelConfig.from_dict(document["model"])
-        model = _restore(config, safetensors.torch.load(files[WEIGHTS]))
+        weights: dict[str, Tensor] = {}
+        for name in filter(WEIGHTS.fullmatch, files):
+            weights |= safetensors.torch.load(files[name])
+        model = _restore(config, weights)
         tokenizer = _load_tokenizer(entry, files, document["tokenizer"]["fingerprint"])
     except (LitReasonError, RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         if isinstance(error, ZooError):

@@ -6,10 +6,14 @@ import sys
 import pytest
 import torch
 
+from lit_reason import zoo
 from lit_reason.cli import train
+from lit_reason.cli.stages import load_model
 from lit_reason.config.compose import compose
 from lit_reason.config.stage import without_hydra
+from lit_reason.data.tokenizer import ByteTokenizer
 from lit_reason.errors import ConfigError
+from lit_reason.models import ModelConfig, Transformer
 
 ROAD = "experiment=arith_from_scratch"
 
@@ -129,3 +133,12 @@ def test_rl_from_random_weights_is_warned_of(monkeypatch, tmp_path, caplog):
         assert len(messages) == warned
         assert all(text.startswith("init=null") and "Type init=arith-1m.sft" in text for text in messages)
         assert all("\n" not in text for text in messages)
+
+
+def test_a_model_saved_in_bfloat16_is_trained_in_float32(tmp_path):
+    model = Transformer(ModelConfig(width=32, depth=2, heads=2, max_seq_len=64)).to(torch.bfloat16)
+    info = {"recipe": "none", "seed": 1, "commit": "0123abc", "metrics": {}}
+    tokenizer = ByteTokenizer()
+    loaded = load_model(zoo.save(tmp_path / "half", model, tokenizer, info), tokenizer)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.embed.weight, model.embed.weight.float())

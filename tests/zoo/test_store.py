@@ -45,6 +45,19 @@ def edit(shelf, file, change):
     reindex(shelf)
 
 
+def test_large_weights_are_split_and_come_back(tmp_path, model, info, monkeypatch):
+    monkeypatch.setattr("lit_reason.zoo.store.MAX_FILE_BYTES", 20_000)
+    folder = zoo.save("tiny", model, ByteTokenizer(), info, shelf=tmp_path)
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) > 3 and parts[0].name == f"model-00001-of-{len(parts):05}.safetensors"
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    assert all(part.stat().st_size < max(20_000, largest) + 5_000 for part in parts)  # 5 kB for names
+    assert same_bits(zoo.load("tiny", shelf=tmp_path).model, model)
+    parts[1].unlink()
+    with pytest.raises(ZooError, match=f"{parts[1].name} is missing"):
+        zoo.load("tiny", shelf=tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "mixed"], ids=str)
 def test_round_trip_is_bit_identical(tmp_path, model, info, dtype):
     if dtype == "mixed":
