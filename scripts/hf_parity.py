@@ -2,6 +2,9 @@
 
     python scripts/hf_parity.py                        12 small configs, one line each
     python scripts/hf_parity.py --config config.json   one of your own (a file, or the JSON itself); keep it small
+    python scripts/hf_parity.py --mtp FILE             multi-token prediction, which transformers has from 5.23 on:
+                                                       worst |our logits - theirs| per depth; FILE gets theirs (a test
+                                                       reads them from tests/golden/mtp.json)
 
 Of every config:
 
@@ -30,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_reason.data import ByteTokenizer
-from lit_reason.models import Base, Transformer
+from lit_reason.models import Base, ModelConfig, Transformer
 from lit_reason.models.hf import load_hf, save_hf
 from lit_reason.rollout.builtin import BuiltinEngine
 from lit_reason.rollout.sampling import Sampling
@@ -193,6 +196,68 @@ def their_greedy(model: Any, ids_BT: Tensor, new_tokens: int) -> Tensor:
     return out[:, ids_BT.shape[1] :]
 
 
+def mtp_model() -> Transformer:
+    """Two modules of multi-token prediction, muP multipliers that are not 1, and weights by a formula."""
+    config = ModelConfig(
+        vocab_size=24, width=32, depth=3, heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, ffn_width=48, experts=8, expert_width=16, max_seq_len=64, mtp_depth=2,
+        base=Base(width=32, depth=2),
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for i, tensor in enumerate((*model.parameters(), *(router.bias_E for router in model.routers()))):
+            n = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
+            noise = ((n * 12.9898 + i).sin() * 43758.5453 % 1 - 0.5) * 12**0.5  # variance 1
+            gain = tensor.dim() == 1 and tensor.requires_grad
+            tensor.copy_(1 + 0.3 * noise if gain else noise / tensor.shape[-1] ** 0.5)
+    return model
+
+
+def mtp_ids() -> Tensor:
+    """int64 (2, 12)."""
+    return (torch.arange(24) * 7 % 24).view(2, 12)
+
+
+@torch.no_grad()
+def our_mtp(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
+    """Logits of each depth, (B, T - depth, V)."""
+    hidden = model.hidden(ids_BT[:, :-1])
+    further = model.further(hidden, ids_BT[:, 1:])
+    return [model.head(h.states_BTD)[:, : ids_BT.shape[1] - k] for k, h in enumerate(further, start=1)]
+
+
+@torch.no_grad()
+def their_mtp(model: Transformer, ids_BT: Tensor) -> list[Tensor]:
+    """The same by transformers, which reads the model from the folder that we write."""
+    from transformers.modeling_layers import MtpModel  # from 5.23 on
+
+    with tempfile.TemporaryDirectory() as name:
+        trunk: Any = from_pretrained(save_hf(model, Path(name) / "ours"))
+        # Theirs takes for a prediction layer what the trunk ignores: layer 61, DeepSeek-V3's, in their code.
+        depths = range(model.config.depth, model.config.depth + model.config.mtp_depth)
+        trunk._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{depth}\..*" for depth in depths]
+        modules: Any = MtpModel.from_pretrained(trunk).eval()
+        states = trunk(ids_BT[:, :-1], output_hidden_states=True).hidden_states[-1]
+        found = []
+        for k in range(model.config.mtp_depth):
+            inputs = ids_BT[:, 1 + k :]
+            T = inputs.shape[1]
+            positions = torch.arange(1 + k, 1 + k + T)[None]
+            states = modules.forward_layer(k, states[:, :T], positions, None, input_ids=inputs)
+            found.append(trunk.lm_head(states))
+    return found
+
+
+def compare_mtp(file: Path) -> int:
+    model, ids_BT = mtp_model(), mtp_ids()
+    theirs = their_mtp(model, ids_BT)
+    errors = [worst(a, b) for a, b in zip(our_mtp(model, ids_BT), theirs, strict=True)]
+    print("multi-token prediction, depth 1, 2: " + ", ".join(f"{error:.1e}" for error in errors))
+    record = {"transformers": transformers.__version__, "logits": [logits_BTV.tolist() for logits_BTV in theirs]}
+    file.write_text(json.dumps(record) + "\n")
+    return 0 if max(errors) <= IMPORT_LIMIT else 1
+
+
 def worst(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
@@ -200,11 +265,14 @@ def worst(a: Tensor, b: Tensor) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", metavar="JSON", help="a config.json, or its content")
+    parser.add_argument("--mtp", type=Path, metavar="FILE", help="multi-token prediction instead; FILE gets theirs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    if options.mtp:
+        return compare_mtp(options.mtp)
     cases = CASES if options.config is None else {"given": _read(options.config)}
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, seed {options.seed}")
     print(f"{'import':>8} {'export':>8} {'muP':>8}  greedy  config")

@@ -1,8 +1,11 @@
 """One tiny model shape for every test of this folder."""
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +29,19 @@ TINY: dict[str, Any] = {
     "max_seq_len": 96,
     "base": Base(width=32, depth=2),
 }
+
+
+@pytest.fixture(scope="session")
+def parity() -> ModuleType:
+    """`scripts/hf_parity.py`."""
+    path = Path(__file__).parents[2] / "scripts" / "hf_parity.py"
+    spec = importlib.util.spec_from_file_location("hf_parity", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["hf_parity"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.transformers.logging.set_verbosity_error()
+    module.transformers.logging.disable_progress_bar()
+    return module
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """DeepSeek checkpoint folders: parity with transformers, muP's way out and back, FP8, shards, and what is refused."""
 
-import importlib.util
 import json
 import math
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,18 +16,6 @@ from lit_reason.models.hf import fold, load_hf, save_hf, unfold
 from lit_reason.models.hf_config import from_hf_config
 from lit_reason.models.hf_files import ROUNDING, Shards, dequantise
 from lit_reason.models.hf_slots import slots
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "hf_parity.py"
-
-
-@pytest.fixture(scope="module")
-def parity():
-    spec = importlib.util.spec_from_file_location("hf_parity", SCRIPT)
-    module = sys.modules["hf_parity"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.transformers.logging.set_verbosity_error()
-    module.transformers.logging.disable_progress_bar()
-    return module
 
 
 def test_every_config_has_their_logits_and_tokens(parity):

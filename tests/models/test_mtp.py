@@ -1,5 +1,8 @@
 """Multi-token prediction: the module against its formula, what it may see, its roles."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,16 @@ def test_a_module_is_its_formula(model):
     x = x + module.block.ffn(rms(x, module.block.ffn_norm.weight))[0]
     got = model.further(hidden, ids[:, 1:])
     torch.testing.assert_close(got[0].states_BTD, rms(x, module.norm.weight), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_those_of_transformers(parity):
+    """Written by `scripts/hf_parity.py --mtp` under transformers 5.23, the first that has it."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "mtp.json").read_text())
+    ours = parity.our_mtp(parity.mtp_model(), parity.mtp_ids())
+    assert len(ours) == len(golden["logits"]) == 2
+    for logits_BTV, theirs in zip(ours, golden["logits"], strict=True):
+        assert logits_BTV.std() > 0.3
+        torch.testing.assert_close(logits_BTV, torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
 def test_depth_k_sees_k_tokens_further_and_no_more(model):
