@@ -20,7 +20,8 @@ import lit_reason
 from lit_reason import zoo
 from lit_reason.checkpoint.atomic import human
 from lit_reason.config import instantiate
-from lit_reason.data.tokenizer import BYTE_FILE, load_tokenizer
+from lit_reason.data.chat import default_chat
+from lit_reason.data.tokenizer import BYTE_FILE, load_tokenizer, save_for_transformers
 from lit_reason.errors import ConfigError, DataError, LitReasonError, ZooError, nearest
 from lit_reason.models import ModelConfig
 from lit_reason.models.count import DTYPES, KV_DTYPES, OPTIMIZERS, Layout, count
@@ -238,7 +239,7 @@ def _export(options: argparse.Namespace, shelf: Path, console: Console, errors: 
     }
     size = int(options.shard_gb * 1e9)
     folder = save_hf(found.model, options.to, max_shard_bytes=size, special_tokens=special_tokens)
-    tokenizer.save(folder)
+    save_for_transformers(tokenizer, folder, default_chat(tokenizer).jinja())
     console.print(f"exported {options.name} to {folder}", markup=False, soft_wrap=True)
     return 0
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from lit_reason.data.tokenizer import ByteTokenizer, Tokenizer
@@ -39,6 +40,11 @@ class ChatTemplate:
         """The completion as text, for people; models get `solution_ids`."""
         think = f"{self.think_open}{thought}{self.think_close}"
         return f"{think}{self.answer_open}{answer}{self.answer_close}{self.end}"
+
+    def jinja(self) -> str:
+        """`render_prompt` of the last message, for tokenizers of transformers and for vLLM's chat."""
+        before, after = json.dumps(self.before_question), json.dumps(self.after_question)
+        return f"{{{{ {before} + messages[-1]['content'] + {after} }}}}"
 
     def prompt_ids(self, tokenizer: Tokenizer, question: str) -> list[int]:
         """The prompt as ids; the question's own characters never become special tokens."""

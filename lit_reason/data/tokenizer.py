@@ -112,6 +112,39 @@ class ByteTokenizer:
         (folder / BYTE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def save_for_transformers(tokenizer: Tokenizer, folder: Path, chat_template: str) -> None:
+    """What `AutoTokenizer.from_pretrained(folder)` needs for the same ids.
+
+    Args:
+        chat_template: Jinja text for a tokenizer that has none of its own.
+    """
+    tokenizer.save(folder)
+    if not isinstance(tokenizer, ByteTokenizer):
+        return
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    specials = [*BYTE_SPECIALS, *(f"<|reserved_{i}|>" for i in range(256 + len(BYTE_SPECIALS), tokenizer.vocab_size))]
+    vocabulary = _byte_letters() | {text: 256 + i for i, text in enumerate(specials)}
+    backend = Backend(models.BPE(vocabulary, merges=[]))  # type: ignore[call-arg]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[misc]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[misc]
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in specials])
+    pad, bos, _, _, end, *_ = BYTE_SPECIALS
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=end, chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(str(folder))  # fmt: skip
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level vocabularies write each byte: itself where it can be seen, else U+0100 and up."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
 class HFTokenizer:
     """A Hugging Face tokenizer from a local folder or a hub name; think and answer tags are ordinary text to it.
 

@@ -8,10 +8,11 @@ import torch
 from tokenizers import Tokenizer as Rust
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_reason import zoo
 from lit_reason.cli.zoo import main
+from lit_reason.data.chat import ChatTemplate
 from lit_reason.data.tokenizer import ByteTokenizer
 from lit_reason.models import Base, ModelConfig, Transformer
 
@@ -66,6 +67,33 @@ def test_transformers_reads_what_was_exported(call, shelf, tmp_path):
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_the_exported_tokenizer_gives_the_same_ids(call, tmp_path):
+    call("export", "tiny.sft", "--to", tmp_path / "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), ByteTokenizer()
+    every_byte = "".join(chr(i) for i in range(0x120)) + "\u2028日本 \U0001f600"
+    for text in (every_byte, "12 + 7 =\n", "  two  spaces ", "<|user|>1<think>2</think><answer>3</answer><|end|>", ""):
+        ids = ours.encode(text, specials=True)
+        assert theirs.encode(text, add_special_tokens=False) == ids, text
+        assert theirs.decode(ids) == text == ours.decode(ids)
+    assert len(theirs) == ours.vocab_size
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (256, 257, 260)
+    chat = theirs.apply_chat_template([{"role": "user", "content": 'What is "1 + 2"?'}], return_dict=False)
+    assert chat == ChatTemplate().prompt_ids(ours, 'What is "1 + 2"?')
+
+
+def test_transformers_answers_with_a_model_of_the_shelf(capsys, tmp_path):
+    assert main(["export", "arith-1m.gdpo", "--to", str(tmp_path / "hf")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    question = "State the final answer to the following arithmetic problem: 12 + 30 ="
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+    assert text == "<think>12+30=42</think><answer>42</answer><|end|>"
+
+
 def test_a_hugging_face_tokenizer_comes_along(call, tmp_path):
     call("export", "tiny.sft", "--to", tmp_path / "hf")
     (tmp_path / "hf" / "byte_tokenizer.json").unlink()
@@ -82,7 +110,8 @@ def test_a_hugging_face_tokenizer_comes_along(call, tmp_path):
 
 def test_a_missing_tokenizer_is_said_before_weights_are_read(call, tmp_path):
     call("export", "tiny.sft", "--to", tmp_path / "hf")
-    (tmp_path / "hf" / "byte_tokenizer.json").unlink()
+    for file in (tmp_path / "hf").glob("*token*"):
+        file.unlink()
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "weights")
     code, said = call("import", tmp_path / "hf", "--to", tmp_path / "back")
     assert code == 1 and "holds no tokenizer (tokenizer.json" in said and "--tokenizer NAME" in said
