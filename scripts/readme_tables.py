@@ -1,7 +1,7 @@
-"""Write the README's generated tables: metrics from `lit_reason.report.metrics`, speed from the newest benchmark file.
+"""Write the generated tables of README.md and docs/: what is logged, and what the files under `benchmarks/` measured.
 
-python scripts/readme_tables.py            # rewrite README.md
-python scripts/readme_tables.py --check    # exit 1 when it is out of step
+python scripts/readme_tables.py            # rewrite them
+python scripts/readme_tables.py --check    # exit 1 when one is out of step
 """
 
 from __future__ import annotations
@@ -68,29 +68,144 @@ def newest_benchmark() -> str:
     return speed_table(max(compared, key=lambda record: record["date"]))
 
 
-TABLES: dict[str, Callable[[], str]] = {"metrics": markdown_table, "rl_step": newest_benchmark}
+def coordinate_check() -> str:
+    """The steepest slopes of every coordinate check under `benchmarks/mup`."""
+    lines = [
+        "| ladder | branch_gain | hidden (0.20) | update (0.15) | W_UK (0.30) | control (at least +0.40) | beyond |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "benchmarks" / "mup").glob("coord_*.json")):
+        record = json.loads(path.read_text())
+        settings, slopes = record["settings"], record["slopes"]
+        sizes = settings["sizes"]
+        ladder = f"{settings['axis']} {sizes[0]}-{sizes[-1]}, {settings['optimizer']}, lr {settings['lr']:g}"
+        rows = [
+            [s for s in slopes if s["scheme"] == scheme and s["measure"] == measure and chosen(s["name"])]
+            for scheme, measure, chosen in (
+                ("mup", "change", lambda name: not name.endswith("_logits") or name == "attn_logits"),
+                ("mup", "update", lambda name: name != "W_UK"),
+                ("mup", "update", lambda name: name == "W_UK"),
+                ("sp", "change", lambda name: not name.endswith("_logits") or name == "attn_logits"),
+            )
+        ]
+        cells = [steepest(row) for row in rows]
+        beyond = ", ".join(line.split()[2].rstrip(":") for line in record["violations"]) or "none"
+        seeds, gain = settings["seeds"], settings["branch_gain"]
+        lines.append(f"| {ladder}, {seeds} seeds | {gain:g} | {' | '.join(cells)} | {beyond} |")
+    return "\n".join(lines)
 
 
-def fill(text: str) -> str:
-    """`text` with the part between each table's two markers replaced."""
-    for name, table in TABLES.items():
+def steepest(slopes: list[dict[str, Any]]) -> str:
+    """`expert_down -0.12`; the control's is the steepest upwards."""
+    key = (lambda s: s["value"]) if slopes[0]["scheme"] == "sp" else (lambda s: abs(s["value"]))
+    worst = max(slopes, key=key)
+    return f"{worst['name']} {worst['value']:+.2f}"
+
+
+def lr_transfer() -> str:
+    """Optimum, shift and loss by width, of every sweep under `benchmarks/mup`."""
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "mup").glob("lr_transfer*.json"))]
+    lines = [
+        "| | width | log2 of the best rate | shift (octaves) | loss there | loss at the first width's rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for record in records:
+        for name, found in record["summary"].items():
+            for width, row in found["widths"].items():
+                rate, shift = (f"{row[key]:+.2f} ± {row[f'{key}_se']:.2f}" for key in ("log2_lr", "shift"))
+                lines.append(f"| {name} | {width} | {rate} | {shift} | {row['loss']:.4f} | +{row['gap']:.4f} |")
+            wider = {True: "yes", False: "no", None: "no rate in common"}[found["wider"]]
+            notes.append(f"{name}: {wider}")
+    settings, record = records[0]["settings"], records[0]
+    tokens = settings["steps"] * settings["batch"] * settings["seq_len"]
+    return "\n".join([
+        *lines, "",
+        f"{settings['steps']} steps, {tokens:,} tokens, {settings['seeds']} seeds (means ± standard errors), "
+        f"{settings['precision']}, {record['machine']['device']}, torch {record['versions']['torch']}, "
+        f"{record['date'][:10]}. Wider is better at every rate up to the optimum: {'; '.join(notes)}.",
+    ])  # fmt: skip
+
+
+def in_use() -> str:
+    """One recipe at several widths."""
+    record = json.loads((ROOT / "benchmarks" / "mup" / "in_use.json").read_text())
+    lines = ["| width | parameters | lr | pretraining loss | primed pass@1 |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        low, high = row["interval"]
+        primed = f"{row['pass_at_1']:.1%} [{low:.1%}, {high:.1%}]"
+        lines.append(f"| {row['width']} | {row['parameters']:,} | {row['lr']:g} | {row['loss']:.4f} | {primed} |")
+    row = record["rows"][0]
+    tokens = row["steps"] * row["rows"] * row["seq_len"]
+    work = f"{row['steps']} steps, {tokens:,} tokens, seed {row['seed']}; {row['problems']} held-out problems"
+    return "\n".join([*lines, "", f"{work}; {record['machine']['device']}, {record['date'][:10]}."])
+
+
+def balance() -> str:
+    """Ways of balancing experts."""
+    record = json.loads((ROOT / "benchmarks" / "balance" / "balance.json").read_text())
+    lines = [
+        "| | max violation, last batches | on validation text | below 0.5 from step | dead | val loss | minus bias |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in record["summary"].items():
+        values = [
+            f"{row[key][0]:{form}} ± {row[key][1]:{form.strip('+')}}"
+            for key, form in (
+                ("max_violation", ".2f"),
+                ("max_violation_val", ".2f"),
+                ("val", ".4f"),
+                ("val_minus_bias", "+.4f"),
+            )
+        ]
+        steps = ", ".join("never" if step is None else str(step) for step in row["steps_to_limit"])
+        lines.append(f"| {name} | {values[0]} | {values[1]} | {steps} | {row['dead']} | {values[2]} | {values[3]} |")
+    return "\n".join(lines)
+
+
+def drafts() -> str:
+    """Greedy decoding with and without multi-token prediction."""
+    record = json.loads((ROOT / "benchmarks" / "speculative" / "speculative.json").read_text())
+    lines = [
+        "| rows at a time | tokens/s over plain decoding | drafts accepted | same completions |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        lines.append(f"| {row['batch']} | {spread} | {row['accepted']:.0%} | {row['same']}/{row['prompts']} |")
+    return "\n".join(lines)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"metrics": markdown_table, "rl_step": newest_benchmark},
+    "docs/mup.md": {"lr_transfer": lr_transfer, "coord": coordinate_check, "in_use": in_use, "balance": balance},
+    "benchmarks/README.md": {"drafts": drafts},
+}
+
+
+def fill(page: str, text: str) -> str:
+    """`text` of a page with the part between each of its tables' two markers replaced."""
+    for name, table in PAGES[page].items():
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
         body = table()
         text, count = re.subn(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md: {count} places for the table {name!r}, expected 1 pair of markers")
+            raise SystemExit(f"{page}: {count} places for the table {name!r}, expected 1 pair of markers")
     return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    filled = fill(text)
-    if "--check" in sys.argv[1:]:
+    stale = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        filled = fill(page, text)
         if filled != text:
-            print("README.md is out of step; type: python scripts/readme_tables.py", file=sys.stderr)
-        return int(filled != text)
-    path.write_text(filled)
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                (ROOT / page).write_text(filled)
+    if stale and "--check" in sys.argv[1:]:
+        print(f"{', '.join(stale)} out of step; type: python scripts/readme_tables.py", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The README's generated tables are what the code and the benchmark files say."""
+"""The generated tables are what the code and the benchmark files say."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ def tables():
     return module
 
 
-def test_readme_is_in_step(tables):
-    text = (ROOT / "README.md").read_text()
-    assert tables.fill(text) == text, "type: python scripts/readme_tables.py"
+@pytest.mark.parametrize("page", ["README.md", "docs/mup.md", "benchmarks/README.md"])
+def test_pages_are_in_step(tables, page):
+    text = (ROOT / page).read_text()
+    assert tables.fill(page, text) == text, "type: python scripts/readme_tables.py"
 
 
 def test_fill_replaces_what_is_stale(tables):
     text = (ROOT / "README.md").read_text()
     stale = text.replace("verifier errors and time-outs", "something else")
     assert stale != text
-    assert tables.fill(stale) == text
+    assert tables.fill("README.md", stale) == text
 
 
 def test_missing_markers_are_an_error(tables):
     with pytest.raises(SystemExit, match="metrics"):
-        tables.fill("no markers here")
+        tables.fill("README.md", "no markers here")
 
 
 def test_speed_table_states_median_and_extremes(tables):
