@@ -70,7 +70,7 @@ def test_the_bias_balances_and_nothing_does_not(balance, tmp_path):
     after = {name: row["max_violation_val"][0] for name, row in record["summary"].items()}
     assert after["bias"] < 0.5 * after["neither"]
     assert record["summary"]["bias"]["val_minus_bias"][0] == 0
-    assert len(record["runs"][0]["violation"]) == 40 and 3 < record["runs"][0]["val"] < 5.6
+    assert len(record["runs"][0]["violation"]) == 40 and 1.5 < record["runs"][0]["val"] < 5.6
 
 
 def test_drafts_give_the_same_completions():
