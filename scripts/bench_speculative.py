@@ -75,9 +75,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48, help="(48)")
     parser.add_argument("--repeats", type=int, default=5, help="(5)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="(bfloat16)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="speculative", help="of the file (speculative)")
     args = parser.parse_args()
     loaded = zoo.load(args.checkpoint)
+    loaded.model.to(args.device)
     source = ReasoningGym(TASKS, size=20_000)
     held_out = PromptData(source, tokenizer=loaded.tokenizer, max_prompt_tokens=96).test_prompts(256)
     rows = []
@@ -94,9 +96,7 @@ def main() -> None:
     settings = vars(args) | {"parameters": sum(p.numel() for p in loaded.model.parameters())}
     settings |= {"checkpoint": Path(args.checkpoint).name, "commit": loaded.info["commit"]}
     path = FOLDER / f"{args.name}.json"
-    write_json(
-        path, {**circumstances("cuda" if torch.cuda.is_available() else "cpu"), "settings": settings, "rows": rows}
-    )
+    write_json(path, {**circumstances(args.device), "settings": settings, "rows": rows})
     print(f"written to {path}")
 
 

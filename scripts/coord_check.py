@@ -261,7 +261,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--branch-gain", type=float, default=1.0, help="of ModelConfig; 0: every block starts as the identity (1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=FOLDER, help="folder of the JSON and the PNG (benchmarks/mup)")
-    add("--name", help="of both files (coord_<axis>_<optimizer>)")
+    add("--name", help="of both files (coord_<axis>_<optimizer>, and the gain if not 1)")
     add("--check", action="store_true", help="exit with 1 when a limit is violated")
     args = parser.parse_args(argv)
     args.axis, args.sizes = ("depth", args.depths) if args.depths else ("width", args.widths)
@@ -280,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = to_record(args, measurements, limit_hidden)
     slopes = fit(measurements, args.steps, limit_hidden)
     print_table(slopes)
-    path = args.out / f"{args.name or f'coord_{args.axis}_{args.optimizer}'}.json"
+    gain = "" if args.branch_gain == 1 else f"_gain{args.branch_gain:g}"
+    path = args.out / f"{args.name or f'coord_{args.axis}_{args.optimizer}{gain}'}.json"
     write_json(path, record)
     title = f"Coordinate check over the {args.axis}: {args.optimizer}, lr {args.lr:.2g}, step {args.steps}"
     draw(measurements, slopes, args.axis, title, path.with_suffix(".png"))

@@ -273,7 +273,7 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[int, Curve]]], title: str, la
     """Loss against log2 learning rate, a panel per optimizer and scheme, a curve per width."""
     columns = min(2, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = new_figure(5.5 * columns, 4 * rows, title)
+    figure = new_figure(max(7, 5.5 * columns), 4 * rows, title)
     shared: Axes | None = None
     for index, (name, by_width) in enumerate(curves.items()):
         ax = figure.add_subplot(rows, columns, index + 1, sharey=shared)

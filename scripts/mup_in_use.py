@@ -1,4 +1,4 @@
-"""One recipe at several widths and learning rates: is the rate found at the narrow model the wide one's?
+"""One recipe at several widths, and at the narrow one several learning rates, side by side.
 
     for lr in 0.002 0.004 0.008; do
         lit-reason-train experiment=arith_22m model=arith_1m model.width=64 pretrain.optimizer.lr=$lr run_name=w64-$lr
@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from scaling.record import FOLDER, circumstances, write_json
+from scaling.record import FOLDER, write_json
 
 from lit_reason import zoo
 
@@ -59,6 +60,9 @@ def main() -> None:
     parser.add_argument("--name", default="in_use", help="of the file (in_use)")
     args = parser.parse_args()
     rows = sorted(map(read, args.runs), key=lambda row: (row["width"], row["lr"]))
+    for key in ("steps", "rows", "seq_len", "seed", "problems"):
+        if len(found := {row[key] for row in rows}) > 1:
+            raise SystemExit(f"the runs differ in {key} ({', '.join(map(str, sorted(found)))}) and cannot be compared")
     table = Table("width", "parameters", "lr at width 64", "loss", "pass@1", "95% interval")
     for row in rows:
         low, high = row["interval"]
@@ -67,7 +71,7 @@ def main() -> None:
             f"{row['pass_at_1']:.1%}", f"{low:.1%} .. {high:.1%}",
         )  # fmt: skip
     Console().print(table)
-    write_json(FOLDER / f"{args.name}.json", {**circumstances("cpu"), "rows": rows})
+    write_json(FOLDER / f"{args.name}.json", {"date": time.strftime("%Y-%m-%d"), "rows": rows})
     print(f"written to {FOLDER / args.name}.json")
 
 

@@ -70,54 +70,73 @@ def newest_benchmark() -> str:
 
 def coordinate_check() -> str:
     """The steepest slopes of every coordinate check under `benchmarks/mup`."""
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "mup").glob("coord_*.json"))]
+    hidden, update, uk, control = (records[0]["limits"][key] for key in ("hidden", "update", "update_W_UK", "control"))
     lines = [
-        "| ladder | branch_gain | hidden (0.20) | update (0.15) | W_UK (0.30) | control (at least +0.40) | beyond |",
+        f"| ladder | branch_gain | hidden ({hidden:.2f}) | update ({update:.2f}) | W_UK ({uk:.2f}) | "
+        f"control (at least {control:+.2f}) | beyond |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted((ROOT / "benchmarks" / "mup").glob("coord_*.json")):
-        record = json.loads(path.read_text())
+    for record in records:
         settings, slopes = record["settings"], record["slopes"]
-        sizes = settings["sizes"]
-        ladder = f"{settings['axis']} {sizes[0]}-{sizes[-1]}, {settings['optimizer']}, lr {settings['lr']:g}"
-        rows = [
-            [s for s in slopes if s["scheme"] == scheme and s["measure"] == measure and chosen(s["name"])]
-            for scheme, measure, chosen in (
-                ("mup", "change", lambda name: not name.endswith("_logits") or name == "attn_logits"),
-                ("mup", "update", lambda name: name != "W_UK"),
-                ("mup", "update", lambda name: name == "W_UK"),
-                ("sp", "change", lambda name: not name.endswith("_logits") or name == "attn_logits"),
-            )
+        sizes, gain = settings["sizes"], settings.get("branch_gain", 1.0)
+        hidden, control = (
+            [s for s in slopes if (s["scheme"], s["measure"]) == (scheme, "change") and s["name"] not in LOGITS]
+            for scheme in ("mup", "sp")
+        )
+        updates = [s for s in slopes if (s["scheme"], s["measure"]) == ("mup", "update")]
+        cells = [
+            f"{settings['axis']} {sizes[0]}-{sizes[-1]}, {settings['optimizer']}, lr {settings['lr']:g}, "
+            f"step {settings['steps']}, {settings['seeds']} seeds",
+            f"{gain:g}",
+            steepest(hidden),
+            steepest([s for s in updates if s["name"] != "W_UK"]),
+            steepest([s for s in updates if s["name"] == "W_UK"]),
+            named(max(control, key=lambda s: s["value"])) if control else "not run",
+            beyond(record),
         ]
-        cells = [steepest(row) for row in rows]
-        beyond = ", ".join(line.split()[2].rstrip(":") for line in record["violations"]) or "none"
-        seeds, gain = settings["seeds"], settings["branch_gain"]
-        lines.append(f"| {ladder}, {seeds} seeds | {gain:g} | {' | '.join(cells)} | {beyond} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+LOGITS = ("router_logits", "head_logits")  # judged by their updates
+
+
 def steepest(slopes: list[dict[str, Any]]) -> str:
-    """`expert_down -0.12`; the control's is the steepest upwards."""
-    key = (lambda s: s["value"]) if slopes[0]["scheme"] == "sp" else (lambda s: abs(s["value"]))
-    worst = max(slopes, key=key)
-    return f"{worst['name']} {worst['value']:+.2f}"
+    return named(max(slopes, key=lambda s: abs(s["value"])))
+
+
+def named(slope: dict[str, Any]) -> str:
+    """`expert_down -0.12`."""
+    return f"{slope['name']} {slope['value']:+.2f}"
+
+
+def beyond(record: dict[str, Any]) -> str:
+    """The quantities that miss their limits."""
+    found = [s["name"] for s in record["slopes"] if s["limit"] is not None and not abs(s["value"]) <= s["limit"]]
+    found += ["the control" for line in record["violations"] if line.startswith("the control")]
+    return ", ".join(found) or "none"
 
 
 def lr_transfer() -> str:
     """Optimum, shift and loss by width, of every sweep under `benchmarks/mup`."""
     records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "mup").glob("lr_transfer*.json"))]
+    shared = ("steps", "batch", "seq_len", "seeds", "precision", "base_width")
+    if len({tuple(record["settings"][key] for key in shared) for record in records}) > 1:
+        raise SystemExit(f"benchmarks/mup/lr_transfer*.json differ in one of {', '.join(shared)}")
+    settings, record = records[0]["settings"], records[0]
     lines = [
-        "| | width | log2 of the best rate | shift (octaves) | loss there | loss at the first width's rate |",
+        "| | width | log2 of the best rate | shift (octaves) | loss there | more at the base's best |",
         "|---|---|---|---|---|---|",
     ]
     notes = []
-    for record in records:
-        for name, found in record["summary"].items():
-            for width, row in found["widths"].items():
-                rate, shift = (f"{row[key]:+.2f} ± {row[f'{key}_se']:.2f}" for key in ("log2_lr", "shift"))
-                lines.append(f"| {name} | {width} | {rate} | {shift} | {row['loss']:.4f} | +{row['gap']:.4f} |")
-            wider = {True: "yes", False: "no", None: "no rate in common"}[found["wider"]]
-            notes.append(f"{name}: {wider}")
-    settings, record = records[0]["settings"], records[0]
+    for name, found in (item for record in records for item in record["summary"].items()):
+        for width, row in found["widths"].items():
+            rate, shift = (f"{row[key]:+.2f} ± {number(row[f'{key}_se'], '.2f')}" for key in ("log2_lr", "shift"))
+            rate += "" if row["resolved"] else " (edge of the grid)"
+            cells = [name, width, rate, shift, number(row["loss"], ".4f"), number(row["gap"], "+.4f")]
+            lines.append(f"| {' | '.join(cells)} |")
+        notes.append(f"{name}: {({True: 'yes', False: 'no', None: 'no rate in common'})[found['wider']]}")
     tokens = settings["steps"] * settings["batch"] * settings["seq_len"]
     return "\n".join([
         *lines, "",
@@ -125,6 +144,11 @@ def lr_transfer() -> str:
         f"{settings['precision']}, {record['machine']['device']}, torch {record['versions']['torch']}, "
         f"{record['date'][:10]}. Wider is better at every rate up to the optimum: {'; '.join(notes)}.",
     ])  # fmt: skip
+
+
+def number(value: float | None, form: str) -> str:
+    """What a file holds as null was not finite."""
+    return "diverged" if value is None else f"{value:{form}}"
 
 
 def in_use() -> str:
@@ -138,7 +162,7 @@ def in_use() -> str:
     row = record["rows"][0]
     tokens = row["steps"] * row["rows"] * row["seq_len"]
     work = f"{row['steps']} steps, {tokens:,} tokens, seed {row['seed']}; {row['problems']} held-out problems"
-    return "\n".join([*lines, "", f"{work}; {record['machine']['device']}, {record['date'][:10]}."])
+    return "\n".join([*lines, "", f"{work}; {record['date']}."])
 
 
 def balance() -> str:
@@ -149,18 +173,18 @@ def balance() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in record["summary"].items():
-        values = [
-            f"{row[key][0]:{form}} ± {row[key][1]:{form.strip('+')}}"
-            for key, form in (
-                ("max_violation", ".2f"),
-                ("max_violation_val", ".2f"),
-                ("val", ".4f"),
-                ("val_minus_bias", "+.4f"),
-            )
-        ]
+        errors = [("max_violation", ".2f"), ("max_violation_val", ".2f"), ("val", ".4f"), ("val_minus_bias", "+.4f")]
+        values = [f"{row[key][0]:{form}} ± {number(row[key][1], form.strip('+'))}" for key, form in errors]
         steps = ", ".join("never" if step is None else str(step) for step in row["steps_to_limit"])
         lines.append(f"| {name} | {values[0]} | {values[1]} | {steps} | {row['dead']} | {values[2]} | {values[3]} |")
-    return "\n".join(lines)
+    settings = record["settings"]
+    tokens = settings["steps"] * settings["batch"] * settings["seq_len"]
+    return "\n".join([
+        *lines, "",
+        f"{settings['experts']} experts, {settings['experts_per_token']} chosen, width {settings['width']}; bias steps "
+        f"of {settings['bias_rate']:g}; {settings['steps']} steps, {tokens:,} tokens, {settings['seeds']} seeds (means "
+        f"± standard errors), {record['machine']['device']}, {record['date'][:10]}.",
+    ])  # fmt: skip
 
 
 def drafts() -> str:

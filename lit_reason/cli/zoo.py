@@ -20,8 +20,8 @@ import lit_reason
 from lit_reason import zoo
 from lit_reason.checkpoint.atomic import human
 from lit_reason.config import instantiate
-from lit_reason.data.chat import default_chat
-from lit_reason.data.tokenizer import BYTE_FILE, load_tokenizer, save_for_transformers
+from lit_reason.data.chat import ChatTemplate, default_chat
+from lit_reason.data.tokenizer import BYTE_FILE, ByteTokenizer, Tokenizer, load_tokenizer, save_for_transformers
 from lit_reason.errors import ConfigError, DataError, LitReasonError, ZooError, nearest
 from lit_reason.models import ModelConfig
 from lit_reason.models.count import DTYPES, KV_DTYPES, OPTIMIZERS, Layout, count
@@ -238,10 +238,25 @@ def _export(options: argparse.Namespace, shelf: Path, console: Console, errors: 
         "pad_token_id": tokenizer.pad_id,
     }
     size = int(options.shard_gb * 1e9)
-    folder = save_hf(found.model, options.to, max_shard_bytes=size, special_tokens=special_tokens)
-    save_for_transformers(tokenizer, folder, default_chat(tokenizer).jinja())
+    chat = _chat(found.info["recipe"], tokenizer)
+    folder = save_hf(
+        found.model,
+        options.to,
+        max_shard_bytes=size,
+        special_tokens=special_tokens,
+        extra=lambda folder: save_for_transformers(tokenizer, folder, chat and chat.jinja()),
+    )
     console.print(f"exported {options.name} to {folder}", markup=False, soft_wrap=True)
     return 0
+
+
+def _chat(recipe: str, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that the model was trained with; None where only its tokenizer can know."""
+    tree = OmegaConf.to_container(OmegaConf.create(recipe))
+    if not isinstance(tree, dict) or not isinstance(data := tree.get("data"), dict):  # not a run of ours
+        return default_chat(tokenizer) if isinstance(tokenizer, ByteTokenizer) else None
+    chat = data.get("chat")
+    return ChatTemplate(**{k: v for k, v in chat.items() if k != "_target_"}) if chat else default_chat(tokenizer)
 
 
 def _fail(errors: Console, error: Exception) -> None:

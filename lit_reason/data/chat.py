@@ -42,9 +42,14 @@ class ChatTemplate:
         return f"{think}{self.answer_open}{answer}{self.answer_close}{self.end}"
 
     def jinja(self) -> str:
-        """`render_prompt` of the last message, for tokenizers of transformers and for vLLM's chat."""
-        before, after = json.dumps(self.before_question), json.dumps(self.after_question)
-        return f"{{{{ {before} + messages[-1]['content'] + {after} }}}}"
+        """`render_prompt` of a single question, for tokenizers of transformers and for vLLM's chat."""
+        before, after = (json.dumps(text, ensure_ascii=False) for text in (self.before_question, self.after_question))
+        refusal = "this model was trained on one question at a time: give one message of the role user, a text"
+        return (
+            "{%- if messages | length != 1 or messages[0]['role'] != 'user' or messages[0]['content'] is not string -%}"
+            f"{{{{ raise_exception({json.dumps(refusal)}) }}}}{{%- endif -%}}"
+            f"{{{{ {before} + messages[0]['content'] + {after} }}}}"
+        )
 
     def prompt_ids(self, tokenizer: Tokenizer, question: str) -> list[int]:
         """The prompt as ids; the question's own characters never become special tokens."""

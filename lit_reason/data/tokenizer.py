@@ -112,15 +112,23 @@ class ByteTokenizer:
         (folder / BYTE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def save_for_transformers(tokenizer: Tokenizer, folder: Path, chat_template: str) -> None:
+def save_for_transformers(tokenizer: Tokenizer, folder: Path, chat_template: str | None) -> None:
     """What `AutoTokenizer.from_pretrained(folder)` needs for the same ids.
 
+    There a special token that is spelled out in a question becomes that token; `encode(text)` here keeps it bytes.
+
     Args:
-        chat_template: Jinja text for a tokenizer that has none of its own.
+        chat_template: Jinja text; None leaves the tokenizer its own, if it has one.
     """
     tokenizer.save(folder)
-    if not isinstance(tokenizer, ByteTokenizer):
-        return
+    if isinstance(tokenizer, ByteTokenizer):
+        _save_bytes(tokenizer, folder)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _save_bytes(tokenizer: ByteTokenizer, folder: Path) -> None:
+    """The byte tokenizer as a byte-level BPE without merges."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
@@ -133,9 +141,12 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, chat_template: str
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in specials])
     pad, bos, _, _, end, *_ = BYTE_SPECIALS
     PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=end, chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(str(folder))  # fmt: skip
+        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=end, clean_up_tokenization_spaces=False
+    ).save_pretrained(str(folder))
+    # transformers 5 writes a class name that 4 does not know; both know this one.
+    config = folder / "tokenizer_config.json"
+    document = json.loads(config.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _byte_letters() -> dict[str, int]:

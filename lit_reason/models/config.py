@@ -82,7 +82,7 @@ class ModelConfig:
         init_gain: c of the initial standard deviation c / sqrt(fan_in).
         branch_gain: factor on it for the matrices that end a residual branch (attention's output and every down
             projection). 0 starts each block as the identity: training then moves the residual stream by the same amount
-            at every depth (docs of `scripts/coord_check.py`).
+            at every depth (docs/mup.md).
         embed_std: initial standard deviation of the embedding, the same at every width.
         base: muP base shape.
     """
@@ -137,8 +137,9 @@ class ModelConfig:
                 f"model.mtp_depth={self.mtp_depth}, model.mtp_loss={self.mtp_loss}: valid 0 (no such module) and above"
             )
         for name in ("init_gain", "branch_gain", "embed_std"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: valid 0 and above")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"model.{name}={value!r}: valid a number, 0 or above, e.g. model.{name}=1.0")
         if self.moe_layers:
             self._check_routing()
 

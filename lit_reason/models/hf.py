@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +77,7 @@ def save_hf(
     *,
     max_shard_bytes: int = 5_000_000_000,
     special_tokens: Mapping[str, int | list[int] | None] | None = None,
+    extra: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes `model` as a DeepSeek-V3 (or V2) folder for transformers and vLLM, muP folded in. Returns the folder.
 
@@ -86,6 +87,7 @@ def save_hf(
         folder: must not exist, or be empty.
         max_shard_bytes: a larger model is split into shards of at most this size (a single tensor may exceed it).
         special_tokens: `{"bos_token_id": 257, "eos_token_id": 260, "pad_token_id": 256}` for config.json.
+        extra: writes further files, a tokenizer's for instance, into the folder that it is given.
 
     Raises:
         ConfigError: the model cannot be expressed in the format, or the folder is not empty.
@@ -106,6 +108,8 @@ def save_hf(
         temporary.mkdir(parents=True)
         _write_weights(model, temporary, max_shard_bytes)
         (temporary / CONFIG).write_text(to_json(document))
+        if extra is not None:
+            extra(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

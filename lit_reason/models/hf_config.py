@@ -151,7 +151,7 @@ def _check_mscales(mscale: float, all_dim: float) -> None:
         )
 
 
-_SPREADS = ("init_gain", "branch_gain", "embed_std")
+_OURS = ("init_gain", "branch_gain", "embed_std", "mtp_loss")  # what the format has no key for; old exports lack some
 
 
 def _with_mup(config: ModelConfig, mup: Any) -> ModelConfig:
@@ -165,8 +165,9 @@ def _with_mup(config: ModelConfig, mup: Any) -> ModelConfig:
     for key in base:
         if base[key] is not None:
             _number(base, key, int)
-    spreads = {key: _number({"branch_gain": 1.0, **mup}, key, float) for key in _SPREADS}  # older exports lack it
-    config = ModelConfig.from_dict({**config.to_dict(), "base": base, **spreads})
+    ours = {key: _number(mup, key, float) for key in _OURS if key in mup}
+    centred = mup.get("centre_bias", False) is True
+    config = ModelConfig.from_dict({**config.to_dict(), "base": base, "centre_bias": centred, **ours})
     if mup["residual_scale"] != config.residual_scale:
         raise ConfigError(
             f"mup.residual_scale={mup['residual_scale']!r} was folded into the weights, but base.depth / "
@@ -217,7 +218,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     document["mup"] = {
         "residual_scale": config.residual_scale,
         "base": asdict(config.base),
-        **{key: getattr(config, key) for key in _SPREADS},
+        **{key: getattr(config, key) for key in (*_OURS, "centre_bias")},
     }
     return document
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer as Rust
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lit_reason import zoo
 from lit_reason.cli.zoo import main
 from lit_reason.data.chat import ChatTemplate
-from lit_reason.data.tokenizer import ByteTokenizer
+from lit_reason.data.tokenizer import ByteTokenizer, HFTokenizer
 from lit_reason.models import Base, ModelConfig, Transformer
 
 INFO = {"recipe": "lit-reason-train experiment=tiny", "seed": 1, "commit": "0123abc", "metrics": {}}
@@ -70,15 +71,53 @@ def test_transformers_reads_what_was_exported(call, shelf, tmp_path):
 def test_the_exported_tokenizer_gives_the_same_ids(call, tmp_path):
     call("export", "tiny.sft", "--to", tmp_path / "hf")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), ByteTokenizer()
-    every_byte = "".join(chr(i) for i in range(0x120)) + "\u2028日本 \U0001f600"
+    every_byte = "".join(
+        chr(i) for i in (*range(0x800), *range(0x800, 0xD800, 0x40), *range(0x10000, 0x110000, 0x1000))
+    )
     for text in (every_byte, "12 + 7 =\n", "  two  spaces ", "<|user|>1<think>2</think><answer>3</answer><|end|>", ""):
         ids = ours.encode(text, specials=True)
         assert theirs.encode(text, add_special_tokens=False) == ids, text
         assert theirs.decode(ids) == text == ours.decode(ids)
     assert len(theirs) == ours.vocab_size
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (256, 257, 260)
-    chat = theirs.apply_chat_template([{"role": "user", "content": 'What is "1 + 2"?'}], return_dict=False)
-    assert chat == ChatTemplate().prompt_ids(ours, 'What is "1 + 2"?')
+    for question in ('What is "1 + 2"?', "{{ 7 }} \\ {%- x -%}\n\U0001f600"):
+        chat = theirs.apply_chat_template([{"role": "user", "content": question}], return_dict=False)
+        assert chat == ChatTemplate().prompt_ids(ours, question)
+    two = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2"}]
+    for wrong in (two, [{"role": "assistant", "content": "3"}], [{"role": "user", "content": ["1"]}]):
+        with pytest.raises(Exception, match="one message of the role user"):
+            theirs.apply_chat_template(wrong)
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows, too
+
+
+def test_a_model_of_ours_takes_its_own_template_along_whatever_its_tokenizer(call, shelf, tmp_path):
+    words = Rust(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", chat_template="theirs")
+    fast.save_pretrained(tmp_path / "words")
+    model, tokenizer = zoo.load("tiny.sft", shelf).model, HFTokenizer(tmp_path / "words")
+    chat = {"_target_": "lit_reason.data.ChatTemplate", "before_question": "Q: ", "after_question": " A: "}
+    for name, data, rendered in (
+        ("default", {"chat": None}, "User: 1+2\nAssistant: "),
+        ("custom", {"chat": chat}, "Q: 1+2 A: "),
+        ("imported", None, "theirs"),
+    ):
+        recipe = yaml.safe_dump({"data": data}) if data else "lit-reason-zoo import somewhere"
+        zoo.save(name, model, tokenizer, INFO | {"recipe": recipe}, shelf=shelf)
+        assert call("export", name, "--to", tmp_path / name)[0] == 0
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert theirs.apply_chat_template([{"role": "user", "content": "1+2"}], tokenize=False) == rendered
+
+
+def test_a_failed_export_leaves_no_folder(call, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_reason.cli.zoo.save_for_transformers", full)
+        assert call("export", "tiny.sft", "--to", tmp_path / "hf")[0] == 1
+    assert not (tmp_path / "hf").exists()
+    assert call("export", "tiny.sft", "--to", tmp_path / "hf")[0] == 0
 
 
 def test_transformers_answers_with_a_model_of_the_shelf(capsys, tmp_path):

@@ -32,6 +32,14 @@ def test_fill_replaces_what_is_stale(tables):
     assert tables.fill("README.md", stale) == text
 
 
+def test_a_check_without_control_and_a_diverged_run_have_their_words(tables):
+    assert tables.number(None, ".4f") == "diverged" and tables.number(0.5, "+.2f") == "+0.50"
+    slope = {"scheme": "mup", "measure": "update", "name": "W_O", "value": -0.2, "limit": 0.15}
+    record = {"slopes": [slope, slope | {"name": "W_Q", "value": 0.1}], "violations": []}
+    assert tables.beyond(record) == "W_O"
+    assert tables.beyond({"slopes": [], "violations": ["the control's steepest ..."]}) == "the control"
+
+
 def test_missing_markers_are_an_error(tables):
     with pytest.raises(SystemExit, match="metrics"):
         tables.fill("README.md", "no markers here")

@@ -57,13 +57,16 @@ def test_what_the_bias_must_keep_to(balance):
     assert balance.violations(found) == []
     for changed, said in (({"dead": 2}, "2 experts dead"), ({"max_violation_val": (0.5, 0.0)}, "0.50")):
         assert said in balance.violations(found | {"bias": good | changed})[0]
-    found["loss 0.01"] = good | {"val_minus_bias": (-0.01, 0.0)}
+    found["loss 0.01"] = good | {"val_minus_bias": (-0.01, 0.004)}
     assert "lower than with the bias by 0.0100" in balance.violations(found)[0]
+    found["loss 0.01"] = good | {"val_minus_bias": (-0.01, 0.006)}  # within two standard errors
+    assert balance.violations(found) == []
 
 
 def test_the_bias_balances_and_nothing_does_not(balance, tmp_path):
     argv = ["--width", "64", "--experts", "8", "--steps", "40", "--batch", "8", "--seq-len", "32", "--seeds", "1"]
-    assert balance.main([*argv, "--bias-rate", "0.02", "--alphas", "0.01", "--out", str(tmp_path)]) == 0
+    argv += ["--bias-rate", "0.02", "--alphas", "0.01", "--out", str(tmp_path), "--check"]
+    assert balance.main(argv) == 1  # 40 steps are too few for every batch
     record = json.loads((tmp_path / "balance.json").read_text())
     assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
     assert list(record["summary"]) == ["bias", "loss 0.01", "neither"]
@@ -81,7 +84,9 @@ def test_drafts_give_the_same_completions():
     prompts = [Prompt(str(i), "", "", "test", tuple(range(65 + i, 75 + i))) for i in range(6)]
     row = bench.compare(loaded, prompts, 4, argparse.Namespace(dtype="float32", max_tokens=12, repeats=2))
     assert row["same"] == row["prompts"] == 6
-    assert len(row["plain"]) == len(row["drafts"]) == len(row["ratios"]) == 2 and 0 <= row["accepted"] <= 1
+    assert (
+        len(row["plain"]) == len(row["drafts"]) == len(row["ratios"]) == 2 and row["accepted"] < 0.5
+    )  # of an untrained module
 
 
 def test_a_row_of_a_finished_run(tmp_path):
