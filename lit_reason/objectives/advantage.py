@@ -8,7 +8,8 @@ Every choice is a pure function
 
 where `group_B` (int64) names the prompt of each row, rows with `valid_B` False count in no statistic and get 0, and the
 rows are those of one whole optimizer step or more (a batch statistic over a micro-batch would be another objective).
-A choice with one more positional parameter, `penalty_BT`, takes a KL per token (`kl.place: token_reward`).
+A choice may have one more positional parameter: `penalty_BT`, a KL per token (`kl.place: token_reward`), or
+`old_logprobs_BT`, the sampling policy's log-probs.
 
 | choice                            | A                                              | file                 |
 |-----------------------------------|------------------------------------------------|----------------------|
@@ -20,6 +21,7 @@ A choice with one more positional parameter, `penalty_BT`, takes a KL per token 
 | gdpo                              | sum of columns, each normalised                | here                 |
 | maxrl, pkpo, passk                | for rewards of 0 and 1                         | advantage_binary.py  |
 | reinforce_pp(_baseline), distill  | one number per token                           | advantage_token.py   |
+| clip_cov                          | group_norm, 0 on tokens of high covariance     | advantage_token.py   |
 
 Common to all that compare within a group: a group whose rewards are all equal, or that has one member, gets exactly 0.
 Without that guard the rounding of the mean is divided by the tiny eps: seven float32 rewards of 0.1 give 0.82 with eps
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from lit_reason.objectives.advantage_binary import maxrl, passk, pkpo
-from lit_reason.objectives.advantage_token import distill, reinforce_pp, reinforce_pp_baseline
+from lit_reason.objectives.advantage_token import clip_cov, distill, reinforce_pp, reinforce_pp_baseline
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
 
 
@@ -174,10 +176,20 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "distill": distill,
+    "clip_cov": clip_cov,
 }
 
 # Alone in its group a completion has advantage 0 with these.
-COMPARING = {"group_mean", "rloo", "group_norm", "group_mean_batch_std", "gdpo", "maxrl", "reinforce_pp_baseline"}
+COMPARING = {
+    "reinforce_pp_baseline",
+    "clip_cov",
+    "group_mean",
+    "rloo",
+    "group_norm",
+    "group_mean_batch_std",
+    "gdpo",
+    "maxrl",
+}
 
 
 def min_group_size(name: str, settings: Mapping[str, Any]) -> int:

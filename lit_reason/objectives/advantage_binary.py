@@ -11,7 +11,8 @@ Averaged over a group, each pushes along h'(p) grad p (Davis & Recht, arXiv 2510
 | passk       | pass@k's, over its own standard deviation  | pass@k                                       |
 
 The weights are for a *mean* over a prompt's completions (`seq_mean_token_sum`): papers that sum have 1/n in them.
-A completion is correct if its weighted reward reaches `threshold`.
+A completion is correct if its weighted reward reaches `threshold`; a KL belongs in the loss with these, because in the
+reward it would move correct answers below it.
 """
 
 from __future__ import annotations

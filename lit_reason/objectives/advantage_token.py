@@ -3,6 +3,7 @@
     B sequences   R rewards   T tokens
 
 `penalty_BT` is -weight * (old - ref), the KL of `kl.place: token_reward`, 0 where masked; None without one.
+`old_logprobs_BT` are the sampling policy's log-probs, 0 where masked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_reason.objectives.statistics import centre, weighted_sum, whiten
+from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
 
 
 def reinforce_pp(
@@ -82,6 +83,42 @@ def distill(
     if penalty_BT is None:
         return torch.zeros_like(mask_BT, dtype=rewards_BR.dtype)
     return (_to_go(penalty_BT, discount) if discount else penalty_BT) * valid_B[:, None]
+
+
+def clip_cov(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    *,
+    eps: float,
+    ddof: int,
+    low: float,
+    high: float,
+    fraction: float,
+) -> Tensor:
+    """Clip-Cov: GRPO's advantage, 0 on a few of the tokens that lower the entropy most (arXiv 2505.22617).
+
+    cov_t = (log p_t - mean log p) (A_t - mean A) over all tokens; of those within `low` .. `high`, `fraction` times all
+    tokens (rounded down) are drawn and get A = 0. The lottery is in the low digits of log p: no random state.
+
+    Trap: drawn once per round, at the policy that sampled, so that no split into micro-batches changes it; the authors
+    draw anew at every update. `fraction` is of *all* tokens: below 1 / fraction tokens none is drawn.
+    """
+    advantages_B = normalise(weighted_sum(rewards_BR, weights_R), group_B, valid_B, eps, ddof)
+    advantages_BT = advantages_B[:, None].repeat(1, mask_BT.shape[1])
+    on_BT = (mask_BT > 0) & valid_B[:, None]
+    tokens = int(on_BT.sum())
+    mean_advantage, mean_logprob = (
+        v.masked_fill(~on_BT, 0).sum() / max(tokens, 1) for v in (advantages_BT, old_logprobs_BT)
+    )
+    covariance_BT = (old_logprobs_BT - mean_logprob) * (advantages_BT - mean_advantage)
+    candidate_BT = on_BT & (covariance_BT >= low) & (covariance_BT <= high)
+    lot_BT = (old_logprobs_BT * 7919.0).frac().abs().masked_fill(~candidate_BT, -1)
+    drawn = min(int(fraction * tokens), int(candidate_BT.sum()))
+    return advantages_BT.flatten().index_fill(0, lot_BT.flatten().topk(drawn).indices, 0.0).view_as(advantages_BT)
 
 
 def _to_go(values_BT: Tensor, discount: float) -> Tensor:

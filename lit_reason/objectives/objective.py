@@ -12,7 +12,7 @@ GRPO, DAPO, GDPO and their like are `conf/algorithm/*.yaml`, nothing else: any m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ class Objective:
         self._advantage_settings = {} if isinstance(advantage, str) else dict(advantage)
         # A range error of a surrogate should not wait for the first rollout.
         self._clip(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1))
-        if self._kl.place == "token_reward" and "penalty_BT" not in inspect.signature(self._advantage).parameters:
-            takers = [name for name, f in ADVANTAGES.items() if "penalty_BT" in inspect.signature(f).parameters]
+        if self._kl.place == "token_reward" and not _takes(self._advantage, "penalty_BT"):
+            takers = [name for name, f in ADVANTAGES.items() if _takes(f, "penalty_BT")]
             raise ConfigError(
                 f"kl.place: got 'token_reward' with advantage {self.advantage_name!r}, which has one number per "
                 f"sequence; valid with it: {', '.join(takers)}. Type algorithm.kl.place=reward"
@@ -109,6 +109,10 @@ class Objective:
     @property
     def needs_old(self) -> bool:
         """Whether `advantages` must be given the sampling policy's log-probs, even with one update per round."""
+        return self._kl_in_reward or _takes(self._advantage, "old_logprobs_BT")
+
+    @property
+    def _kl_in_reward(self) -> bool:
         return self.needs_ref and self._kl.place != "loss"
 
     @property
@@ -139,9 +143,9 @@ class Objective:
             group_B: int64, which prompt a row belongs to; rows need not be sorted.
             mask_BT: 1 where a completion token counts.
             valid_B: bool; rows whose reward failed are False: they are left out of every statistic and get 0.
-            old_logprobs_BT, ref_logprobs_BT: needed for a KL in the reward only. With `place: reward` it enters as one
-                more column, -k1 summed over the sequence, with the KL's weight (with `gdpo` normalised like the
-                others); with `token_reward` each token has its own.
+            old_logprobs_BT, ref_logprobs_BT: needed for a KL in the reward, and the first by `clip_cov`. With `place:
+                reward` the KL enters as one more column, -k1 summed over the sequence, with the KL's weight (with
+                `gdpo` normalised like the others); with `token_reward` each token has its own.
 
         Give it all rows of an optimizer step, or of the round: batch statistics are over the rows that are given.
         """
@@ -150,15 +154,17 @@ class Objective:
         # float64: the statistics are over few numbers, and rounding of equal sums must not look like a signal.
         rewards_BR = rewards_BR.double().masked_fill(~valid_B[:, None], 0)
         weights_R = weights_R.double()
-        penalty_BT = ()
-        if self.needs_old:
+        per_token = ()
+        if _takes(self._advantage, "old_logprobs_BT"):
+            per_token = (_given(old_logprobs_BT, "old").double().masked_fill(mask_BT <= 0, 0),)
+        if self._kl_in_reward:
             kl_BT = self._sampled_kl(old_logprobs_BT, ref_logprobs_BT, mask_BT)
             if self._kl.place == "token_reward":
-                penalty_BT = (-self._kl.weight * kl_BT,)
+                per_token = (-self._kl.weight * kl_BT,)
             else:
                 rewards_BR = torch.cat([rewards_BR, -kl_BT.sum(dim=1, keepdim=True)], dim=1)
                 weights_R = torch.cat([weights_R, weights_R.new_tensor([self._kl.weight])])
-        advantages = self._advantage(rewards_BR, weights_R, group_B, valid_B, mask_BT, *penalty_BT).to(mask_BT.dtype)
+        advantages = self._advantage(rewards_BR, weights_R, group_B, valid_B, mask_BT, *per_token).to(mask_BT.dtype)
         return advantages if advantages.dim() == 2 else advantages[:, None].repeat(1, mask_BT.shape[1])
 
     def loss(self, new_logprobs_BT: Tensor, batch: PolicyBatch, entropy_BT: Tensor | None = None) -> ObjectiveOutput:
@@ -224,9 +230,14 @@ def check_group_size(objective: Objective, group_size: int, key: str = "group_si
 
 _MISSING = {
     "reference": "the KL term needs the reference's log-probs: set batch.ref_logprobs_BT, or algorithm.kl.weight=0",
-    "old": "a KL in the reward needs the sampling policy's log-probs: pass old_logprobs_BT, or algorithm.kl.place=loss",
+    "old": "a KL in the reward, or advantage clip_cov, needs the sampling policy's log-probs: pass old_logprobs_BT, or "
+    "type algorithm.kl.place=loss, or another algorithm.advantage",
     "entropy": "an entropy bonus needs the policy's entropy: pass entropy_BT, or type algorithm.entropy_coef=0",
 }
+
+
+def _takes(advantage: Callable[..., Tensor], parameter: str) -> bool:
+    return parameter in inspect.signature(advantage).parameters
 
 
 def _given(tensor: Tensor | None, what: str) -> Tensor:

@@ -129,6 +129,18 @@ def test_a_group_too_small_for_k_is_silent_and_refused():
             check_group_size(built, smallest - 1)
 
 
+@pytest.mark.parametrize("name", ["pkpo", "passk"])
+def test_a_failed_row_is_neither_correct_nor_sampled(name):
+    """Whatever its reward: three valid rows of a group, one of them correct."""
+    settings = {"k": 2, "threshold": 1.0} | ({"baseline": None} if name == "pkpo" else {})
+    rewards_BR, valid_B = torch.tensor([[1.0], [0.0], [7.0], [0.0]], dtype=D), torch.tensor([True, True, False, True])
+    got = ADVANTAGES[name](
+        rewards_BR, torch.ones(1, dtype=D), torch.zeros(4, dtype=torch.long), valid_B, torch.ones(4, 1), **settings
+    )
+    assert got[valid_B].tolist() == pytest.approx(call(name, [1.0, 0.0, 0.0], **settings))
+    assert got[2] == 0
+
+
 @pytest.mark.parametrize(("name", "smallest"), [("rloo", 2), ("reinforce", 1), ("reinforce_pp", 1)])
 def test_smallest_group(name, smallest):
     settings = {"rloo": {}, "reinforce": {"baseline": None}, "reinforce_pp": FLOOR}[name]
@@ -160,3 +172,34 @@ def test_kl_per_token_is_refused_where_nothing_takes_it():
         token_reward("rloo")
     with pytest.raises(ConfigError, match=r"estimator 'k3' with place 'token_reward'; valid in the reward: k1"):
         token_reward({"name": "distill", "discount": 0.0}, "k3")
+
+
+def test_clip_cov_silences_tokens_of_high_covariance():
+    """A = (1, -1) by the population std; log p = -1, -3 | -2, -4, mean -2.5. cov = 1.5, -0.5 | -0.5, 1.5."""
+    settings = {"name": "clip_cov", "eps": 0.0, "ddof": 0}
+    old_BT, mask_BT = torch.tensor([[-1.0, -3.0, math.nan], [-2.0, -4.0, -9.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 0]])
+
+    def advantages(**bounds):
+        built = Objective(settings | bounds, "token", "none", "token_mean")
+        assert built.needs_old and not built.needs_ref
+        got_BT = built.advantages(
+            torch.tensor([[1.0], [0.0]]), torch.ones(1), torch.tensor([0, 0]), mask_BT, None, old_BT
+        )
+        return got_BT[:, :2].tolist()
+
+    assert advantages(low=1.0, high=2.0, fraction=0.5) == [[0.0, 1.0], [-1.0, 0.0]]
+    assert sum(map(abs, itertools.chain(*advantages(low=1.0, high=2.0, fraction=0.49)))) == 3  # one of the two
+    assert advantages(low=1.0, high=2.0, fraction=0.24) == [[1.0, 1.0], [-1.0, -1.0]]
+    assert advantages(low=1.6, high=2.0, fraction=1.0) == [[1.0, 1.0], [-1.0, -1.0]]
+    assert advantages(low=0.0, high=1.4, fraction=1.0) == [[1.0, 1.0], [-1.0, -1.0]]
+
+
+def test_clip_cov_without_log_probs_is_refused():
+    built = Objective(
+        {"name": "clip_cov", "eps": 0.0, "ddof": 0, "low": 1.0, "high": 5.0, "fraction": 0.1},
+        "token",
+        "none",
+        "token_mean",
+    )
+    with pytest.raises(ConfigError, match=r"got no old values.*clip_cov"):
+        built.advantages(torch.ones(2, 1), torch.ones(1), torch.tensor([0, 0]), torch.ones(2, 2))

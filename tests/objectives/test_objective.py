@@ -73,7 +73,7 @@ def test_published_constants():
         ({"ratio": "tokn"}, r"ratio: got 'tokn'; did you mean 'token'.*Type algorithm.ratio="),
         ({"aggregation": "token-mean"}, r"did you mean 'token_mean'"),
         ({"advantage": {"name": "gpdo"}}, r"advantage: got 'gpdo'; did you mean 'gdpo'.*algorithm.advantage.name="),
-        ({"advantage": {"eps": 1e-4}}, r"advantage: got .*valid: one of distill, gdpo, group_mean, "),
+        ({"advantage": {"eps": 1e-4}}, r"advantage: got .*valid: one of .*gdpo, group_mean, "),
         (
             {"advantage": AXES["advantage"] | {"name": "group_mean"}},
             r"no setting 'eps', 'ddof'; valid: none. Type '~algorithm.advantage.eps' '~algorithm.advantage.ddof'",
