@@ -185,13 +185,15 @@ def test_clip_cov_silences_tokens_of_high_covariance():
         got_BT = built.advantages(
             torch.tensor([[1.0], [0.0]]), torch.ones(1), torch.tensor([0, 0]), mask_BT, None, old_BT
         )
-        return got_BT[:, :2].tolist()
+        return got_BT.tolist()
 
-    assert advantages(low=1.0, high=2.0, fraction=0.5) == [[0.0, 1.0], [-1.0, 0.0]]
-    assert sum(map(abs, itertools.chain(*advantages(low=1.0, high=2.0, fraction=0.49)))) == 3  # one of the two
-    assert advantages(low=1.0, high=2.0, fraction=0.24) == [[1.0, 1.0], [-1.0, -1.0]]
-    assert advantages(low=1.6, high=2.0, fraction=1.0) == [[1.0, 1.0], [-1.0, -1.0]]
-    assert advantages(low=0.0, high=1.4, fraction=1.0) == [[1.0, 1.0], [-1.0, -1.0]]
+    plain = [[1.0] * 3, [-1.0] * 3]
+    assert advantages(low=1.0, high=2.0, fraction=0.5) == [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0]]
+    assert sum(map(abs, itertools.chain(*advantages(low=1.0, high=2.0, fraction=0.49)))) == 5  # one of the two
+    assert advantages(low=1.0, high=2.0, fraction=0.24) == plain
+    assert advantages(low=1.6, high=2.0, fraction=1.0) == plain
+    assert advantages(low=0.0, high=1.4, fraction=1.0) == plain
+    assert advantages(low=2.4, high=2.6, fraction=1.0) == plain  # a masked token's 0 would have 2.5
 
 
 def test_clip_cov_without_log_probs_is_refused():
