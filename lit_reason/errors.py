@@ -56,6 +56,8 @@ def nearest(got: str, valid: Iterable[str], n: int = 3) -> str:
         "did you mean 'gdpo' or 'grpo'? valid: dapo, gdpo, grpo"
     """
     valid = sorted(valid)
-    close = difflib.get_close_matches(got, valid, n=n, cutoff=0.5)
+    close = difflib.get_close_matches(got, valid, n=max(n, len(valid)), cutoff=0.5)
+    # Swapped letters are the likeliest slip, and a similarity by blocks ranks them no higher than a wrong letter.
+    close = sorted(close, key=lambda word: sorted(word) != sorted(got))[:n]
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{hint}valid: {', '.join(valid)}"

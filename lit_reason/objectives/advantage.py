@@ -1,4 +1,4 @@
-"""Axis 1, the advantage: from reward columns to one number per completion.
+"""Axis 1, the advantage: from reward columns to one number per completion, or per token.
 
     B sequences   R rewards   P prompts (groups)   T tokens
 
@@ -8,18 +8,56 @@ Every choice is a pure function
 
 where `group_B` (int64) names the prompt of each row, rows with `valid_B` False count in no statistic and get 0, and the
 rows are those of one whole optimizer step or more (a batch statistic over a micro-batch would be another objective).
+A choice may have one more positional parameter: `penalty_BT`, a KL per token (`kl.place: token_reward`), or
+`old_logprobs_BT`, the sampling policy's log-probs.
 
-Common to all: a group whose rewards are all equal, or that has one member, gets exactly 0. Without that guard the
-rounding of the mean is divided by the tiny eps: seven float32 rewards of 0.1 give 0.82 with eps 1e-9.
+| choice                            | A                                              | file                 |
+|-----------------------------------|------------------------------------------------|----------------------|
+| group_mean                        | R - mean_group                                 | here                 |
+| group_norm                        | (R - mean_group) / std_group                   | here                 |
+| group_mean_batch_std              | (R - mean_group) / std_batch                   | here                 |
+| rloo                              | R - mean of the others                         | here                 |
+| reinforce                         | R, or R - mean_batch                           | here                 |
+| gdpo                              | sum of columns, each normalised                | here                 |
+| maxrl, pkpo, passk                | for rewards of 0 and 1                         | advantage_binary.py  |
+| reinforce_pp(_baseline), distill  | one number per token                           | advantage_token.py   |
+| clip_cov                          | group_norm, 0 on tokens of high covariance     | advantage_token.py   |
+
+Common to all that compare within a group: a group whose rewards are all equal, or that has one member, gets exactly 0.
+Without that guard the rounding of the mean is divided by the tiny eps: seven float32 rewards of 0.1 give 0.82 with eps
+1e-9. (What is whitened over tokens afterwards is the exception: see `reinforce_pp_baseline`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lit_reason.objectives.advantage_binary import maxrl, passk, pkpo
+from lit_reason.objectives.advantage_token import clip_cov, distill, reinforce_pp, reinforce_pp_baseline
+from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
+
+
+def reinforce(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    baseline: Literal["batch_mean"] | None,
+) -> Tensor:
+    """REINFORCE: A_i = R_i - b, b the mean reward of the batch or 0 (Williams 1992).
+
+    Trap: without a baseline rewards of 0 and 1 never push a wrong answer down, and the variance is the largest of all.
+    """
+    reward_B = weighted_sum(rewards_BR, weights_R)
+    if baseline is None:
+        return reward_B.masked_fill(~valid_B, 0)
+    return centre(reward_B, torch.zeros_like(group_B), valid_B)[0]
 
 
 def group_mean(rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, mask_BT: Tensor) -> Tensor:
@@ -28,8 +66,17 @@ def group_mean(rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: 
     Trap: the mean includes the sample itself, so the expected gradient is (G-1)/G of RLOO's. Other trainers' `dr_grpo`
     loss leaves the division by the std on; here there is none to switch off.
     """
-    centred_B, _ = _centre(_weighted_sum(rewards_BR, weights_R), group_B, valid_B)
+    centred_B, _ = centre(weighted_sum(rewards_BR, weights_R), group_B, valid_B)
     return centred_B
+
+
+def rloo(rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """RLOO: A_i = R_i - mean_{j != i} R_j = G / (G-1) (R_i - mean_group) (arXiv 2402.14740).
+
+    Trap: G is the number of *valid* rows of the group: a failed verifier changes the factor.
+    """
+    centred_B, (index_B, count_P, _) = centre(weighted_sum(rewards_BR, weights_R), group_B, valid_B)
+    return centred_B * (count_P / (count_P - 1).clamp(min=1))[index_B]
 
 
 def group_norm(
@@ -48,7 +95,28 @@ def group_norm(
     Trap: with several rewards the sum hides which one varied: (0,0) against (0,1) and (0,0) against (1,1) give the same
     advantages. See `gdpo`.
     """
-    return _normalise(_weighted_sum(rewards_BR, weights_R), group_B, valid_B, eps, ddof)
+    return normalise(weighted_sum(rewards_BR, weights_R), group_B, valid_B, eps, ddof)
+
+
+def group_mean_batch_std(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    eps: float,
+    ddof: int,
+) -> Tensor:
+    """Lite PPO: A_i = (R_i - mean_group) / (std_batch + eps) (arXiv 2508.08221).
+
+    Trap: the std is that of the *raw* rewards of all prompts, not of the centred ones: it holds the spread between easy
+    and hard prompts too.
+    """
+    reward_B = weighted_sum(rewards_BR, weights_R)
+    over_batch_B, (_, count_1, flat_B) = centre(reward_B, torch.zeros_like(group_B), valid_B)
+    std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()
+    return centre(reward_B, group_B, valid_B)[0] / (std + eps).expand_as(reward_B).masked_fill(flat_B, 1)
 
 
 def gdpo(
@@ -75,56 +143,62 @@ def gdpo(
     groups still counts fully there. Trap: `"token"` subtracts a length-weighted mean that is not 0, so groups without
     any signal get a non-zero advantage.
     """
-    columns = [_normalise(reward_B, group_B, valid_B, eps, ddof) for reward_B in rewards_BR.unbind(1)]
-    sum_B = _weighted_sum(torch.stack(columns, dim=1), weights_R)
+    columns = [normalise(reward_B, group_B, valid_B, eps, ddof) for reward_B in rewards_BR.unbind(1)]
+    sum_B = weighted_sum(torch.stack(columns, dim=1), weights_R)
     if batch_norm == "sequence":
-        return _normalise(sum_B, torch.zeros_like(group_B), valid_B, batch_eps, ddof)
+        return normalise(sum_B, torch.zeros_like(group_B), valid_B, batch_eps, ddof)
     if batch_norm == "token":
-        return _whiten_by_length(sum_B, mask_BT, valid_B, batch_eps, ddof)
+        length_B = mask_BT.to(sum_B.dtype).sum(dim=1) * valid_B
+        return whiten(sum_B[:, None], length_B[:, None], eps=batch_eps, ddof=ddof)[:, 0]
     return sum_B
 
 
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"group_mean": group_mean, "group_norm": group_norm, "gdpo": gdpo}
+def conditioned(rewards_BR: Tensor, *, reward: int, on: int, threshold: float) -> Tensor:
+    """Column `reward` where column `on` reaches `threshold`, else 0 (GDPO, arXiv 2601.05242 eq. 8); from 0.
 
-# Smallest group that a choice can learn from (1 where it is not named): with fewer every advantage is 0.
-MIN_GROUP_SIZE = {"group_mean": 2, "group_norm": 2, "gdpo": 2}
-
-
-def _weighted_sum(values_BR: Tensor, weights_R: Tensor) -> Tensor:
-    return (values_BR * weights_R).sum(dim=1)
-
-
-def _centre(values_B: Tensor, group_B: Tensor, valid_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """values - group mean, exactly 0 for invalid rows and flat groups; with (index_B, count_P, flat_B) for reuse."""
-    index_B = torch.unique(group_B, return_inverse=True)[1]
-    zeros_P = values_B.new_zeros(int(index_B.max()) + 1 if len(index_B) else 0)
-    count_P = zeros_P.index_add(0, index_B, valid_B.to(values_B.dtype))
-    mean_P = zeros_P.index_add(0, index_B, values_B.masked_fill(~valid_B, 0)) / count_P.clamp(min=1)
-    lowest_P = zeros_P.scatter_reduce(0, index_B, values_B.masked_fill(~valid_B, torch.inf), "amin", include_self=False)
-    highest_P = zeros_P.scatter_reduce(
-        0, index_B, values_B.masked_fill(~valid_B, -torch.inf), "amax", include_self=False
-    )
-    flat_B = (highest_P <= lowest_P)[index_B]
-    centred_B = (values_B - mean_P[index_B]).masked_fill(flat_B | ~valid_B, 0)
-    return centred_B, (index_B, count_P, flat_B)
+    Trap: before any normalisation. Zeroed afterwards, a wrong short answer would still raise the others' baseline.
+    """
+    kept_BR = rewards_BR.clone()
+    kept_BR[:, reward] = rewards_BR[:, reward] * (rewards_BR[:, on] >= threshold)
+    return kept_BR
 
 
-def _normalise(values_B: Tensor, group_B: Tensor, valid_B: Tensor, eps: float, ddof: int) -> Tensor:
-    """(values - group mean) / (group std + eps)."""
-    centred_B, (index_B, count_P, flat_B) = _centre(values_B, group_B, valid_B)
-    square_P = torch.zeros_like(count_P).index_add(0, index_B, centred_B.square())
-    std_P = (square_P / (count_P - ddof).clamp(min=1)).sqrt()
-    # 1 instead of 0 + eps in flat groups: eps may be 0, and their numerator is 0 already.
-    return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 1)
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "reinforce": reinforce,
+    "group_mean": group_mean,
+    "rloo": rloo,
+    "group_norm": group_norm,
+    "group_mean_batch_std": group_mean_batch_std,
+    "gdpo": gdpo,
+    "maxrl": maxrl,
+    "pkpo": pkpo,
+    "passk": passk,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "distill": distill,
+    "clip_cov": clip_cov,
+}
+
+# Alone in its group a completion has advantage 0 with these.
+COMPARING = {
+    "reinforce_pp_baseline",
+    "clip_cov",
+    "group_mean",
+    "rloo",
+    "group_norm",
+    "group_mean_batch_std",
+    "gdpo",
+    "maxrl",
+}
 
 
-def _whiten_by_length(values_B: Tensor, mask_BT: Tensor, valid_B: Tensor, eps: float, ddof: int) -> Tensor:
-    """(values - mean) * rsqrt(var + eps), each row counted once per masked-in token."""
-    length_B = mask_BT.to(values_B.dtype).sum(dim=1) * valid_B
-    tokens = length_B.sum().clamp(min=1)
-    counted_B = values_B[length_B > 0]
-    if counted_B.numel() == 0 or counted_B.max() == counted_B.min():
-        return torch.zeros_like(values_B)
-    centred_B = values_B - (length_B * values_B).sum() / tokens
-    variance = (length_B * centred_B.square()).sum() / (tokens - ddof).clamp(min=1)
-    return (centred_B * (variance + eps).rsqrt()).masked_fill(~valid_B, 0)
+def min_group_size(name: str, settings: Mapping[str, Any]) -> int:
+    """Completions per prompt below which a choice's every advantage is 0.
+
+    `pkpo` needs k. `passk` needs more: with k completions pass@k of a group is 0 or 1 for each and never varies.
+    """
+    if name == "pkpo":
+        return int(settings["k"])
+    if name == "passk":
+        return int(settings["k"]) + 1
+    return 2 if name in COMPARING else 1

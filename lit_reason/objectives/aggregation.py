@@ -47,6 +47,12 @@ def token_sum_norm(batch: PolicyBatch) -> Tensor:
     return batch.mask_BT / (_at_least_one(batch.sequences_total) * batch.max_completion)
 
 
+def token_sum_over_max(batch: PolicyBatch) -> Tensor:
+    """m / L_max, verl's `seq-mean-token-sum-norm` until January 2026. Trap: without 1/B the gradient grows with the
+    batch; for results of that time only, `token_sum_norm` is Dr.GRPO's."""
+    return batch.mask_BT / batch.max_completion
+
+
 def token_sum(batch: PolicyBatch) -> Tensor:
     """m. Trap: the gradient grows with the batch size; the learning rate must shrink with it."""
     return batch.mask_BT
@@ -58,6 +64,7 @@ AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     "prompt_mean_token_mean": prompt_mean_token_mean,
     "seq_mean_token_sum": seq_mean_token_sum,
     "token_sum_norm": token_sum_norm,
+    "token_sum_over_max": token_sum_over_max,
     "token_sum": token_sum,
 }
 

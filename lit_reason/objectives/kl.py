@@ -69,7 +69,7 @@ class KL(NamedTuple):
     """The resolved axis. `weight` 0 means that no reference is needed."""
 
     estimator: Callable[..., Tensor]
-    place: Literal["loss", "reward"]
+    place: Literal["loss", "reward", "token_reward"]
     weight: float
 
 
@@ -91,11 +91,11 @@ def resolve_kl(spec: Mapping[str, Any] | None) -> KL:
         if key not in spec:
             raise ConfigError(f"kl: {key!r} is missing, got {sorted(spec)}. Type +algorithm.kl.{key}=VALUE")
     estimator = resolve("kl.estimator", spec["estimator"], ESTIMATORS)
-    check_value("kl.place", spec["place"], Literal["loss", "reward"])
+    check_value("kl.place", spec["place"], Literal["loss", "reward", "token_reward"])
     check_value("kl.weight", spec["weight"], float)
-    if spec["place"] == "reward" and spec["estimator"] != "k1":
+    if spec["place"] != "loss" and spec["estimator"] != "k1":
         raise ConfigError(
-            f"kl: got estimator {spec['estimator']!r} with place 'reward'; valid in the reward: k1 (the others have "
-            "the gradient of neither KL there). Type algorithm.kl.estimator=k1, or algorithm.kl.place=loss"
+            f"kl: got estimator {spec['estimator']!r} with place {spec['place']!r}; valid in the reward: k1 (the "
+            "others have the gradient of neither KL there). Type algorithm.kl.estimator=k1, or algorithm.kl.place=loss"
         )
     return KL(estimator, spec["place"], float(spec["weight"]))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_reason.objectives.clip import Surrogate
 from lit_reason.objectives.kl import k1, k3
+from lit_reason.objectives.surrogate import Surrogate
 
 
 @torch.no_grad()

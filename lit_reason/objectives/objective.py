@@ -4,13 +4,15 @@
 
     rewards_BR --advantage--> advantages_BT --.
     new, old log-probs --ratio--> ratio_BT ---+--clip--> loss_BT --(+ weight * KL_BT)--aggregation--> loss
+    (old, engine's log-probs --correction--> weights_BT, times what the clip returns)
 
-GRPO, Dr.GRPO, DAPO and GDPO are `conf/algorithm/*.yaml`, nothing else: any mixture of the axes is as good.
+GRPO, DAPO, GDPO and their like are `conf/algorithm/*.yaml`, nothing else: any mixture of the axes is as good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lit_reason.errors import ConfigError, NonFiniteError
-from lit_reason.objectives.advantage import ADVANTAGES, MIN_GROUP_SIZE
+from lit_reason.objectives.advantage import ADVANTAGES, min_group_size
 from lit_reason.objectives.aggregation import AGGREGATIONS
 from lit_reason.objectives.choices import check_value, resolve
 from lit_reason.objectives.clip import CLIPS
+from lit_reason.objectives.correction import CORRECTIONS, correction_metrics, log_ratio
 from lit_reason.objectives.kl import resolve_kl
 from lit_reason.objectives.metrics import kl_metrics, masked_mean, mismatch_metrics, ratio_metrics
 from lit_reason.objectives.ratio import RATIOS
@@ -53,6 +56,9 @@ class Objective:
         aggregation: e.g. `token_mean`.
         kl: `{estimator: k3, place: loss, weight: 0.04}`; weight 0 or null: no KL term and no reference.
         entropy_coef: weight of the entropy bonus, -coef * mean_t H over the step's tokens; 0 is off.
+        correction: name and settings of `correction.py`, for an engine whose log-probs differ from the trainer's, e.g.
+            `{name: truncate, level: token, high: 2.0}`; null is off, and no YAML has it: type
+            `'+algorithm.correction={name: truncate, level: token, high: 2.0}'`.
 
     Example::
 
@@ -74,6 +80,7 @@ class Objective:
         aggregation: str | Mapping[str, Any],
         kl: Mapping[str, Any] | None = None,
         entropy_coef: float = 0.0,
+        correction: Mapping[str, Any] | None = None,
     ) -> None:
         check_value("entropy_coef", entropy_coef, float)
         self._advantage = resolve("advantage", advantage, ADVANTAGES)
@@ -81,10 +88,18 @@ class Objective:
         self._clip = resolve("clip", clip, CLIPS)
         self._aggregation = resolve("aggregation", aggregation, AGGREGATIONS)
         self._kl = resolve_kl(kl)
+        self._correction = None if correction is None else resolve("correction", correction, CORRECTIONS)
         self.entropy_coef = float(entropy_coef)
         self.advantage_name = advantage if isinstance(advantage, str) else str(advantage["name"])
+        self._advantage_settings = {} if isinstance(advantage, str) else dict(advantage)
         # A range error of a surrogate should not wait for the first rollout.
-        self._clip(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+        self._clip(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1))
+        if self._kl.place == "token_reward" and not _takes(self._advantage, "penalty_BT"):
+            takers = [name for name, f in ADVANTAGES.items() if _takes(f, "penalty_BT")]
+            raise ConfigError(
+                f"kl.place: got 'token_reward' with advantage {self.advantage_name!r}, which has one number per "
+                f"sequence; valid with it: {', '.join(takers)}. Type algorithm.kl.place=reward"
+            )
 
     @property
     def needs_ref(self) -> bool:
@@ -94,7 +109,11 @@ class Objective:
     @property
     def needs_old(self) -> bool:
         """Whether `advantages` must be given the sampling policy's log-probs, even with one update per round."""
-        return self.needs_ref and self._kl.place == "reward"
+        return self._kl_in_reward or _takes(self._advantage, "old_logprobs_BT")
+
+    @property
+    def _kl_in_reward(self) -> bool:
+        return self.needs_ref and self._kl.place != "loss"
 
     @property
     def needs_entropy(self) -> bool:
@@ -104,7 +123,7 @@ class Objective:
     @property
     def min_group_size(self) -> int:
         """Completions per prompt below which every advantage would be 0."""
-        return MIN_GROUP_SIZE.get(self.advantage_name, 1)
+        return min_group_size(self.advantage_name, self._advantage_settings)
 
     def advantages(
         self,
@@ -116,16 +135,17 @@ class Objective:
         old_logprobs_BT: Tensor | None = None,
         ref_logprobs_BT: Tensor | None = None,
     ) -> Tensor:
-        """The advantage of every token, in `mask_BT`'s dtype, also where masked: constant along a sequence here.
+        """The advantage of every token, in `mask_BT`'s dtype, also where masked.
 
         Args:
             rewards_BR: one column per reward, unweighted.
-            weights_R: weights of the columns. GRPO and Dr.GRPO weight the rewards, GDPO the normalised advantages.
+            weights_R: weights of the columns. GDPO weights the normalised advantages, all others the rewards.
             group_B: int64, which prompt a row belongs to; rows need not be sorted.
             mask_BT: 1 where a completion token counts.
             valid_B: bool; rows whose reward failed are False: they are left out of every statistic and get 0.
-            old_logprobs_BT, ref_logprobs_BT: needed for a KL in the reward only. It enters as one more column, -k1
-                summed over the sequence, with the KL's weight (with `gdpo` normalised like the others).
+            old_logprobs_BT, ref_logprobs_BT: needed for a KL in the reward, and the first by `clip_cov`. With `place:
+                reward` the KL enters as one more column, -k1 summed over the sequence, with the KL's weight (with
+                `gdpo` normalised like the others); with `token_reward` each token has its own.
 
         Give it all rows of an optimizer step, or of the round: batch statistics are over the rows that are given.
         """
@@ -134,11 +154,17 @@ class Objective:
         # float64: the statistics are over few numbers, and rounding of equal sums must not look like a signal.
         rewards_BR = rewards_BR.double().masked_fill(~valid_B[:, None], 0)
         weights_R = weights_R.double()
-        if self.needs_old:
-            kl_B = self._sequence_kl(old_logprobs_BT, ref_logprobs_BT, mask_BT)
-            rewards_BR = torch.cat([rewards_BR, -kl_B[:, None]], dim=1)
-            weights_R = torch.cat([weights_R, weights_R.new_tensor([self._kl.weight])])
-        advantages = self._advantage(rewards_BR, weights_R, group_B, valid_B, mask_BT).to(mask_BT.dtype)
+        per_token = ()
+        if _takes(self._advantage, "old_logprobs_BT"):
+            per_token = (_given(old_logprobs_BT, "old").double().masked_fill(mask_BT <= 0, 0),)
+        if self._kl_in_reward:
+            kl_BT = self._sampled_kl(old_logprobs_BT, ref_logprobs_BT, mask_BT)
+            if self._kl.place == "token_reward":
+                per_token = (-self._kl.weight * kl_BT,)
+            else:
+                rewards_BR = torch.cat([rewards_BR, -kl_BT.sum(dim=1, keepdim=True)], dim=1)
+                weights_R = torch.cat([weights_R, weights_R.new_tensor([self._kl.weight])])
+        advantages = self._advantage(rewards_BR, weights_R, group_B, valid_B, mask_BT, *per_token).to(mask_BT.dtype)
         return advantages if advantages.dim() == 2 else advantages[:, None].repeat(1, mask_BT.shape[1])
 
     def loss(self, new_logprobs_BT: Tensor, batch: PolicyBatch, entropy_BT: Tensor | None = None) -> ObjectiveOutput:
@@ -156,8 +182,13 @@ class Objective:
         ref_BT = None if batch.ref_logprobs_BT is None else batch.ref_logprobs_BT.masked_fill(~on_BT, 0)
 
         ratio_BT = self._ratio(new_BT, old_BT, batch.mask_BT)
-        surrogate = self._clip(ratio_BT, batch.advantages_BT.masked_fill(~on_BT, 0), new_BT)
-        loss_BT = surrogate.loss_BT
+        surrogate = self._clip(ratio_BT, batch.advantages_BT.masked_fill(~on_BT, 0), new_BT, batch.mask_BT)
+        loss_BT, metrics = surrogate.loss_BT, ratio_metrics(ratio_BT, surrogate, on_BT)
+        if self._correction is not None:
+            log_rho_BT = log_ratio(old_BT, batch.rollout_logprobs_BT, batch.mask_BT)
+            correction = self._correction(log_rho_BT, batch.mask_BT)
+            loss_BT = loss_BT * correction.weights_BT
+            metrics |= correction_metrics(correction, on_BT)
         if self.needs_ref and self._kl.place == "loss":
             loss_BT = loss_BT + self._kl.weight * self._kl.estimator(new_BT, _given(ref_BT, "reference"), ratio_BT)
         loss = (self._aggregation(batch) * loss_BT).sum()
@@ -165,7 +196,6 @@ class Objective:
             entropy = _given(entropy_BT, "entropy").masked_fill(~on_BT, 0).sum() / batch.tokens_total.clamp(min=1)
             loss = loss - self.entropy_coef * entropy
 
-        metrics = ratio_metrics(ratio_BT, surrogate, on_BT)
         metrics |= mismatch_metrics(old_BT, batch.rollout_logprobs_BT, on_BT)
         if ref_BT is not None:
             metrics |= kl_metrics(new_BT, ref_BT, on_BT)
@@ -173,12 +203,12 @@ class Objective:
             metrics["entropy"] = masked_mean(entropy_BT, on_BT)
         return ObjectiveOutput(loss, metrics, on_BT.sum().float())
 
-    def _sequence_kl(self, old_BT: Tensor | None, ref_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
-        """KL of each sequence at the *sampling* policy: a reward is a constant of the update."""
+    def _sampled_kl(self, old_BT: Tensor | None, ref_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
+        """KL of each token at the *sampling* policy: a reward is a constant of the update."""
         off_BT = mask_BT <= 0
         old_BT = _given(old_BT, "old").double().masked_fill(off_BT, 0)
         ref_BT = _given(ref_BT, "reference").double().masked_fill(off_BT, 0)
-        return self._kl.estimator(old_BT, ref_BT, torch.ones_like(old_BT)).detach().sum(dim=1)
+        return self._kl.estimator(old_BT, ref_BT, torch.ones_like(old_BT)).detach()
 
 
 def check_group_size(objective: Objective, group_size: int, key: str = "group_size") -> None:
@@ -200,9 +230,14 @@ def check_group_size(objective: Objective, group_size: int, key: str = "group_si
 
 _MISSING = {
     "reference": "the KL term needs the reference's log-probs: set batch.ref_logprobs_BT, or algorithm.kl.weight=0",
-    "old": "a KL in the reward needs the sampling policy's log-probs: pass old_logprobs_BT, or algorithm.kl.place=loss",
+    "old": "a KL in the reward, or advantage clip_cov, needs the sampling policy's log-probs: pass old_logprobs_BT, or "
+    "type algorithm.kl.place=loss, or another algorithm.advantage",
     "entropy": "an entropy bonus needs the policy's entropy: pass entropy_BT, or type algorithm.entropy_coef=0",
 }
+
+
+def _takes(advantage: Callable[..., Tensor], parameter: str) -> bool:
+    return parameter in inspect.signature(advantage).parameters
 
 
 def _given(tensor: Tensor | None, what: str) -> Tensor:

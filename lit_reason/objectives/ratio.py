@@ -34,6 +34,15 @@ def sequence(new_logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) 
     return safe_exp(mean_B1).expand_as(new_logprobs_BT)
 
 
+def sequence_product(new_logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """exp(sum_t (new_t - old_t)), the exact ratio of whole sequences, as TRL's RLOO clips it (arXiv 2402.14740).
+
+    Trap: not divided by the length, so long sequences reach any bound at once.
+    """
+    difference_BT = (new_logprobs_BT - old_logprobs_BT) * mask_BT
+    return safe_exp(difference_BT.sum(dim=1, keepdim=True)).expand_as(new_logprobs_BT)
+
+
 def sequence_token(new_logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """GSPO-token: s_t = sg[s] * pi_t / sg[pi_t], for advantages that differ within a sequence (arXiv 2507.18071).
 
@@ -43,7 +52,12 @@ def sequence_token(new_logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Te
     return level_BT * torch.exp(new_logprobs_BT - new_logprobs_BT.detach())
 
 
-RATIOS: dict[str, Callable[..., Tensor]] = {"token": token, "sequence": sequence, "sequence_token": sequence_token}
+RATIOS: dict[str, Callable[..., Tensor]] = {
+    "token": token,
+    "sequence": sequence,
+    "sequence_product": sequence_product,
+    "sequence_token": sequence_token,
+}
 
 
 def safe_exp(x: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def test_the_message_names_the_stage_and_how_to_set_it_there_alone():
         [ROAD, "pretrain.model.rope_theta=5e5", "priming.n_examples=null", "evaluation.n=0"],
         [ROAD, "trainer.devices=auto"],  # one on most machines: known when the trainer starts
         ["experiment=arith_gdpo", "algorithm=dr_grpo", "rollout.shape.minibatches=2"],
+        ["experiment=arith_gdpo", "+algorithm.correction={name: truncate, level: token, high: 2.0}"],
         ["stages=[sft]", "trainer.max_steps=5", "rollout.shape.group_size=1", "rollout.sampling.temperature=0"],
         ["stages=[pretrain]", "trainer.max_steps=5", "trainer.devices=2", "reward=[]"],
     ],

@@ -16,6 +16,7 @@ GOLDEN_NAMES = {
     "prompt-mean-token-mean": "prompt_mean_token_mean",
     "seq-mean-token-sum": "seq_mean_token_sum",
     "seq-mean-token-sum-norm": "token_sum_norm",
+    "token-sum-over-lmax": "token_sum_over_max",
     "token-sum": "token_sum",
 }
 CLIP_SETTINGS = {
@@ -62,7 +63,7 @@ def test_clip_edges(golden, key):
         new = (old + math.log(case["ratio"])).requires_grad_()
         advantage = torch.tensor([[case["A"]]], dtype=torch.float64)
         ratio = RATIOS["token"](new, old, torch.ones_like(old))
-        loss = CLIPS["ppo"](ratio, advantage, new, **CLIP_SETTINGS[key]).loss_BT.sum()
+        loss = CLIPS["ppo"](ratio, advantage, new, torch.ones_like(old), **CLIP_SETTINGS[key]).loss_BT.sum()
         (grad,) = torch.autograd.grad(loss, new)
         assert loss.item() == pytest.approx(case[key]["loss"], abs=1e-12), case
         assert grad.item() == pytest.approx(case[key]["grad"], abs=1e-12), case
