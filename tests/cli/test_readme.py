@@ -38,4 +38,4 @@ def test_a_command_line_passes_every_check(line):
 
 
 def test_the_command_lines_were_found():
-    assert len(LINES) == 6
+    assert len(LINES) == 7
