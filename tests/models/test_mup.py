@@ -90,7 +90,7 @@ def test_the_spread_of_branches_is_a_factor():
     model = Transformer(replace(wide(width=256), branch_gain=0.5))
     assert model.blocks[1].ffn.experts.down.std().item() == pytest.approx(0.5 * 96**-0.5, rel=0.02)
     assert model.blocks[0].attn.out.weight.std().item() == pytest.approx(0.5 * 256**-0.5, rel=0.02)
-    with pytest.raises(ConfigError, match=r"model.branch_gain=-1.0: valid 0"):
+    with pytest.raises(ConfigError, match=r"model.branch_gain=-1.0: valid a number, 0 or above"):
         replace(wide(), branch_gain=-1.0)
 
 
