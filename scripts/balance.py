@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scaling.ladder import Ladder, language_loss, recipe
-from scaling.record import circumstances, new_figure, standard_error, write_json
+from scaling.record import circumstances, new_figure, run, standard_error, write_json
 from scaling.text import digest, source_rows
 from torch import Tensor
 
@@ -247,4 +247,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

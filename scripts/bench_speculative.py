@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scaling.record import circumstances, write_json
+from scaling.record import circumstances, run, write_json
 
 from lit_reason import zoo
 from lit_reason.data import PromptData, ReasoningGym
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -40,7 +40,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 from scaling.ladder import SCHEMES, Ladder, optimizer_config, recipe
-from scaling.record import FOLDER, circumstances, new_figure, write_json
+from scaling.record import FOLDER, circumstances, new_figure, run, write_json
 from scaling.text import digest, source_rows
 from torch import Tensor
 
@@ -292,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

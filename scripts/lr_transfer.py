@@ -39,7 +39,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 from scaling.ladder import SCHEMES, Ladder, language_loss, optimizer_config, recipe
-from scaling.record import FOLDER, circumstances, new_figure, standard_error, write_json
+from scaling.record import FOLDER, circumstances, new_figure, run, standard_error, write_json
 from scaling.text import digest, source_rows
 from torch import Tensor
 
@@ -130,9 +130,9 @@ class Results:
     def curves(self, scheme: str, optimizer: str, width: int, settings: str, metric: str) -> dict[int, Curve]:
         """The loss by rate of each seed."""
         found: dict[int, Curve] = {}
-        for run, losses in sorted(self.done.items(), key=lambda item: item[0].log2_lr):
-            if (run.scheme, run.optimizer, run.width, run.settings) == (scheme, optimizer, width, settings):
-                found.setdefault(run.seed, {})[run.log2_lr] = losses[metric]
+        for done, losses in sorted(self.done.items(), key=lambda item: item[0].log2_lr):
+            if (done.scheme, done.optimizer, done.width, done.settings) == (scheme, optimizer, width, settings):
+                found.setdefault(done.seed, {})[done.log2_lr] = losses[metric]
         return found
 
 
@@ -355,4 +355,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

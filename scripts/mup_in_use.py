@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--name", default="in_use", help="of the file (in_use)")
     args = parser.parse_args()
+    for path in args.runs:
+        if not (path / "sft" / "model").is_dir():
+            parser.error(f"{path} holds no finished run of pretraining and priming (no folder sft/model)")
     rows = sorted(map(read, args.runs), key=lambda row: (row["width"], row["lr"]))
     for key in ("steps", "rows", "seq_len", "seed", "problems"):
         if len(found := {row[key] for row in rows}) > 1:

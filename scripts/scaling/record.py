@@ -7,8 +7,9 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lit_reason.errors import LitReasonError
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "mup"
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """A script's `main`; what a user can mend is one line, without the way there."""
+    try:
+        sys.exit(main())
+    except LitReasonError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def circumstances(device: str) -> dict[str, Any]:
