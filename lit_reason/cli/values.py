@@ -125,6 +125,11 @@ def _check_rl(cfg: DictConfig) -> int:
     from lit_reason.objectives import check_group_size
 
     check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
+    if shape.updates > 1 and not objective.has_ratio:
+        raise ConfigError(
+            f"algorithm.clip=reinforce has no ratio, so a round allows one update, and rollout.shape makes "
+            f"{shape.updates} of it. Type rollout.shape.epochs=1 rollout.shape.minibatches=1, or algorithm.clip=none"
+        )
     steps, most = shape.rounds * shape.updates, cfg.trainer.get("max_steps")
     return min(steps, most) if isinstance(most, int) and most > 0 else steps
 

@@ -188,7 +188,6 @@ COMPARING = {
     "group_norm",
     "group_mean_batch_std",
     "gdpo",
-    "maxrl",
 }
 
 
@@ -201,4 +200,6 @@ def min_group_size(name: str, settings: Mapping[str, Any]) -> int:
         return int(settings["k"])
     if name == "passk":
         return int(settings["k"]) + 1
+    if name == "maxrl":
+        return 1 if settings["baseline"] is None else 2
     return 2 if name in COMPARING else 1

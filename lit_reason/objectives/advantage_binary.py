@@ -11,8 +11,9 @@ Averaged over a group, each pushes along h'(p) grad p (Davis & Recht, arXiv 2510
 | passk       | pass@k's, over its own standard deviation  | pass@k                                       |
 
 The weights are for a *mean* over a prompt's completions (`seq_mean_token_sum`): papers that sum have 1/n in them.
-A completion is correct if its weighted reward reaches `threshold`; a KL belongs in the loss with these, because in the
-reward it would move correct answers below it.
+A completion is correct if its weighted reward reaches `threshold` (to 1e-6: weights are rounded). So these are for one
+reward of 0 and 1, `reward=[answer]`: a second one that adds or subtracts moves completions over the threshold, and so
+would a KL in the reward; it belongs in the loss.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_reason.errors import ConfigError
 from lit_reason.objectives.statistics import centre, weighted_sum
 
 
@@ -40,7 +42,8 @@ def maxrl(
     Without the baseline R_i / mean_group: log p truncated at order n instead of n-1. The paper's further 1/n belongs to
     its sum over a group; here the aggregation divides.
 
-    Trap: rewards must not be negative: a mean near 0 between +1 and -1 would divide by nothing. Such groups get 0.
+    Trap: for one reward of 0 and 1 (`reward=[answer]`): a second reward that everybody gets makes the mean, and with it
+    the whole effect, that of a likely success. A mean of 0 or below gives 0.
     """
     reward_B = weighted_sum(rewards_BR, weights_R).masked_fill(~valid_B, 0)
     centred_B, (index_B, count_P, _) = centre(reward_B, group_B, valid_B)
@@ -68,6 +71,7 @@ def pkpo(
     Trap: without the baseline a wrong answer in a good group is pushed *up*, almost like a correct one. A group with
     fewer than k valid rows has no estimate and gets 0.
     """
+    _check_k("pkpo", k)
     correct_B, n_B, c_B = _counts(rewards_BR, weights_R, group_B, valid_B, threshold)
     if baseline is None:
         wrong_B = 1 - _choose_ratio(n_B - 1 - c_B, n_B - 1, k - 1)
@@ -95,6 +99,7 @@ def passk(
     Trap: sigma is 0 not only where all are wrong but as soon as n-c < k, long before the group is flat: those get 0.
     With n = k that is every group: sample more than k.
     """
+    _check_k("passk", k)
     correct_B, n_B, c_B = _counts(rewards_BR, weights_R, group_B, valid_B, threshold)
     fail_B = _choose_ratio(n_B - c_B, n_B, k)
     sigma_B = (fail_B * (1 - fail_B)).sqrt()
@@ -103,12 +108,17 @@ def passk(
     return (numerator_B / sigma_B.masked_fill(silent_B, 1)).masked_fill(silent_B, 0)
 
 
+def _check_k(name: str, k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"advantage.k: got {k} for {name!r}; valid: 1 or more. Type algorithm.advantage.k=2")
+
+
 def _counts(
     rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(correct_B, valid rows n_B and correct rows c_B of each row's group)."""
     reward_B = weighted_sum(rewards_BR, weights_R)
-    correct_B = (reward_B >= threshold) & valid_B
+    correct_B = (reward_B >= threshold - 1e-6) & valid_B
     _, (index_B, count_P, _) = centre(reward_B, group_B, valid_B)
     c_P = torch.zeros_like(count_P).index_add(0, index_B, correct_B.to(count_P.dtype))
     return correct_B, count_P[index_B], c_P[index_B]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_reason.errors import ConfigError
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
 
 
@@ -72,17 +73,20 @@ def distill(
     *,
     discount: float,
 ) -> Tensor:
-    """On-policy distillation: A_t = -weight (log p_sampler - log q_teacher), the teacher being the reference.
+    """On-policy distillation: A_t = -weight (log p_old - log q_teacher), the teacher being the reference.
 
     Thinking Machines, "On-Policy Distillation" (2025). `discount` 0 is theirs: a token answers for itself alone; with
-    1 for all that follows. Verifiable rewards are not used.
+    1 for all that follows. Verifiable rewards are not used. Needs `kl.place: token_reward`.
 
-    Trap: never centre or normalise it: the sign of each token is the signal. A reference equal to the policy teaches
-    nothing.
+    Trap: never centre or normalise it: the sign of each token is the signal. `PolicyModule`'s reference is a copy of
+    the policy's own start, which teaches nothing new: a teacher's log-probs are yours to hand in as `ref_logprobs_BT`.
     """
     if penalty_BT is None:
-        return torch.zeros_like(mask_BT, dtype=rewards_BR.dtype)
-    return (_to_go(penalty_BT, discount) if discount else penalty_BT) * valid_B[:, None]
+        raise ConfigError(
+            "advantage 'distill' learns from a KL per token and got none; valid: a kl with place token_reward and a "
+            "weight above 0. Type 'algorithm.kl={estimator: k1, place: token_reward, weight: 1.0}'"
+        )
+    return (_to_go(penalty_BT, discount) if discount else penalty_BT).masked_fill(~valid_B[:, None], 0)
 
 
 def clip_cov(
@@ -102,10 +106,10 @@ def clip_cov(
     """Clip-Cov: GRPO's advantage, 0 on a few of the tokens that lower the entropy most (arXiv 2505.22617).
 
     cov_t = (log p_t - mean log p) (A_t - mean A) over all tokens; of those within `low` .. `high`, `fraction` times all
-    tokens (rounded down) are drawn and get A = 0. The lottery is in the low digits of log p: no random state.
+    tokens (rounded down) are drawn and get A = 0, by a generator seeded with the number of tokens.
 
-    Trap: drawn once per round, at the policy that sampled, so that no split into micro-batches changes it; the authors
-    draw anew at every update. `fraction` is of *all* tokens: below 1 / fraction tokens none is drawn.
+    Trap: drawn once per round, at the policy that sampled, before the round is split into micro-batches; the authors
+    draw anew at every update. `fraction` is of *all* tokens: in a round of fewer than 1 / fraction none is drawn.
     """
     advantages_B = normalise(weighted_sum(rewards_BR, weights_R), group_B, valid_B, eps, ddof)
     advantages_BT = advantages_B[:, None].repeat(1, mask_BT.shape[1])
@@ -116,9 +120,9 @@ def clip_cov(
     )
     covariance_BT = (old_logprobs_BT - mean_logprob) * (advantages_BT - mean_advantage)
     candidate_BT = on_BT & (covariance_BT >= low) & (covariance_BT <= high)
-    lot_BT = (old_logprobs_BT * 7919.0).frac().abs().masked_fill(~candidate_BT, -1)
-    drawn = min(int(fraction * tokens), int(candidate_BT.sum()))
-    return advantages_BT.flatten().index_fill(0, lot_BT.flatten().topk(drawn).indices, 0.0).view_as(advantages_BT)
+    candidates = candidate_BT.flatten().nonzero()[:, 0]
+    lots = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(tokens))[: int(fraction * tokens)]
+    return advantages_BT.flatten().index_fill(0, candidates[lots.to(candidates.device)], 0.0).view_as(advantages_BT)
 
 
 def _to_go(values_BT: Tensor, discount: float) -> Tensor:

@@ -114,6 +114,11 @@ def sapo(
 
     Trap: the value at r = 1 is -2 A / tau, not -A. With tau 1 a token at r = 3 still pushes with 42% of A, times r.
     """
+    if not (tau_positive > 0 and tau_negative > 0):
+        raise ConfigError(
+            f"clip.tau_positive, clip.tau_negative: got {tau_positive}, {tau_negative}; valid: above 0. "
+            "Type algorithm.clip.tau_positive=1.0"
+        )
     tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative).to(ratio_BT.dtype)
     gate_BT = 4 / tau_BT * torch.sigmoid(tau_BT * (ratio_BT - 1))
     return Surrogate(-gate_BT * advantages_BT, *_never(ratio_BT))

@@ -3,7 +3,8 @@
     B sequences   T tokens   rho = exp(old - rollout), the trainer's probability over the engine's
 
 Every choice is a pure function `f(log_rho_BT, mask_BT, *, level, bounds) -> Correction(weights_BT, cut_BT)`. The
-weights are detached and multiply the policy term alone, not the KL; denominators count every token, rejected ones too.
+weights are detached and multiply the policy term alone, not the KL to a reference (RPG's KL is inside its policy term);
+denominators count every token, rejected ones too.
 
 | level     | rho of a token                                                                                |
 |-----------|-----------------------------------------------------------------------------------------------|
@@ -22,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_reason.errors import ConfigError
 from lit_reason.objectives.metrics import masked_mean
 from lit_reason.objectives.ratio import safe_exp
 
@@ -40,6 +42,7 @@ def truncate(log_rho_BT: Tensor, mask_BT: Tensor, *, level: Level, high: float) 
 
     Trap: a token that the engine found far too likely (rho near 0) is not bounded, it vanishes by itself.
     """
+    _check_bounds(0.0, high)
     rho_BT = _rho(log_rho_BT, mask_BT, level)
     return Correction(rho_BT.clamp(max=high), rho_BT > high)
 
@@ -50,9 +53,18 @@ def mask(log_rho_BT: Tensor, mask_BT: Tensor, *, level: Level, low: float | None
     Trap: rejected tokens stay in the denominators, so heavy rejection is a smaller step, not a cleaner one. Watch
     `correction/cut`.
     """
+    _check_bounds(low or 0.0, high)
     rho_BT = _rho(log_rho_BT, mask_BT, level)
     cut_BT = (rho_BT > high) | (rho_BT < (0.0 if low is None else low))
     return Correction(rho_BT.masked_fill(cut_BT, 0), cut_BT)
+
+
+def _check_bounds(low: float, high: float) -> None:
+    if not low <= 1 <= high:
+        raise ConfigError(
+            f"correction: got low={low}, high={high}; valid: low <= 1 <= high, for equal probabilities are 1. "
+            "Type '+algorithm.correction={name: truncate, level: token, high: 2.0}'"
+        )
 
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {"truncate": truncate, "mask": mask}

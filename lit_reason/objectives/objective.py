@@ -91,6 +91,7 @@ class Objective:
         self._correction = None if correction is None else resolve("correction", correction, CORRECTIONS)
         self.entropy_coef = float(entropy_coef)
         self.advantage_name = advantage if isinstance(advantage, str) else str(advantage["name"])
+        self.clip_name = clip if isinstance(clip, str) else str(clip["name"])
         self._advantage_settings = {} if isinstance(advantage, str) else dict(advantage)
         # A range error of a surrogate should not wait for the first rollout.
         self._clip(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1))
@@ -100,6 +101,18 @@ class Objective:
                 f"kl.place: got 'token_reward' with advantage {self.advantage_name!r}, which has one number per "
                 f"sequence; valid with it: {', '.join(takers)}. Type algorithm.kl.place=reward"
             )
+        self._probe_advantage()
+        if self._correction is not None:
+            self._correction(torch.zeros(1, 1), torch.ones(1, 1))
+
+    def _probe_advantage(self) -> None:
+        """What a choice refuses, it refuses before the first rollout."""
+        one_BT = torch.ones(1, 1, dtype=torch.float64)
+        per_token = {"old_logprobs_BT": -one_BT} if _takes(self._advantage, "old_logprobs_BT") else {}
+        if self.needs_ref and self._kl.place == "token_reward":
+            per_token["penalty_BT"] = one_BT
+        first_B, valid_B = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+        self._advantage(one_BT, one_BT[0], first_B, valid_B, one_BT, **per_token)
 
     @property
     def needs_ref(self) -> bool:
@@ -119,6 +132,11 @@ class Objective:
     def needs_entropy(self) -> bool:
         """Whether `loss` must be given `entropy_BT` with its gradient."""
         return self.entropy_coef != 0
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether samples of an older policy are weighted as such; without, a round allows one update."""
+        return self.clip_name != "reinforce"
 
     @property
     def min_group_size(self) -> int:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_reason.errors import ConfigError
 from lit_reason.objectives.surrogate import Surrogate
 
 Divergence = Literal["forward", "forward_unnormalised", "reverse", "reverse_unnormalised"]
@@ -36,8 +37,9 @@ def rpg(
 ) -> Surrogate:
     """The table above, without any clip (arXiv 2505.17508, Table 1 and Prop. 4.1).
 
-    Trap: the reference is the policy that sampled, not a frozen one: with one update per round w is 1, the reverse KLs
-    and the unnormalised forward one have no gradient, and nothing is regularised.
+    Trap: the reference is the policy that sampled, not a frozen one: with one update per round w is 1, and nothing is
+    regularised. The unnormalised KLs have no gradient then; that of the others is -beta (forward) or +beta (reverse) on
+    every token, zero in expectation and noise otherwise.
     """
     w_BT, log_w_BT = ratio_BT, _log(ratio_BT)
     never_BT = torch.zeros_like(w_BT, dtype=torch.bool)
@@ -74,6 +76,8 @@ def rpg_clip(
     Trap: the branch is the sign of A + C/w, not of A. The released code has -C in two constants: the value differs, the
     gradient does not.
     """
+    if dual <= 1:
+        raise ConfigError(f"clip.dual: got {dual}; valid: a number above 1. Type algorithm.clip.dual=10")
     w_BT, surprise_BT = ratio_BT.detach(), -logprobs_BT
     kl_BT = beta * _component(w_BT.clamp(1 - low, 1 + high), divergence)
     up_BT = advantages_BT + kl_BT / w_BT.clamp(min=torch.finfo(w_BT.dtype).tiny) >= 0

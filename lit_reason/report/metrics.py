@@ -119,6 +119,13 @@ METRICS: tuple[Metric, ...] = (
         high=0.02,
     ),
     Metric(
+        "correction/cut",
+        "share of tokens whose engine correction was truncated or masked",
+        "below 0.05",
+        "higher: engine and trainer disagree; see mismatch/kl before you widen the bounds",
+        high=0.2,
+    ),
+    Metric(
         "completion/length",
         "mean length of a completion (tokens)",
         "steady",

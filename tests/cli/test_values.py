@@ -81,6 +81,13 @@ def test_refused_before_any_training(override, said, monkeypatch):
         check(ROAD, override)
 
 
+def test_several_updates_of_a_round_need_a_ratio():
+    with pytest.raises(ConfigError, match=r"reinforce has no ratio.*makes 4 of it.*algorithm.clip=none"):
+        check(ROAD, "algorithm=rloo", "rollout.shape.minibatches=4")
+    check(ROAD, "algorithm=rloo", "rollout.shape.minibatches=4", "algorithm.clip=none")
+    check(ROAD, "algorithm=rloo")
+
+
 def test_the_message_names_the_stage_and_how_to_set_it_there_alone():
     with pytest.raises(ConfigError) as caught:
         check(ROAD, "sft.trainer.max_steps=0")

@@ -133,7 +133,7 @@ def test_a_choice_never_sees_a_nan(monkeypatch):
     Objective("spy", "token", "none", "token_mean").advantages(
         rewards_BR, torch.ones(1), torch.tensor([0, 0]), torch.ones(2, 3), valid_B=torch.tensor([True, False])
     )
-    assert seen[0].tolist() == [[1.0], [0.0]]
+    assert seen[-1].tolist() == [[1.0], [0.0]]  # the first was the probe of __init__
 
 
 def test_nan_reward_in_a_valid_row_is_refused():

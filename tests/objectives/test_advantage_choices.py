@@ -77,7 +77,37 @@ def test_distill_is_the_penalty_itself():
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.0) == penalty
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.5)[0] == pytest.approx([0.5, 0.0, 2.0])
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=1.0)[0] == pytest.approx([1.5, 1.0, 2.0])
-    assert call("distill", [9.0], mask=mask, discount=0.0) == [[0.0, 0.0, 0.0]]
+    with pytest.raises(ConfigError, match="place: token_reward"):
+        call("distill", [9.0], mask=mask, discount=0.0)
+
+
+def test_correct_is_what_reaches_the_threshold_although_weights_are_rounded():
+    """Two rewards of 1 with the float32 weights 0.9 and 0.1, whose sum is below 1."""
+    weights = torch.tensor([0.9, 0.1])
+    assert weights.double().sum() < 1
+    rewards_BR = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    made = Objective({"name": "pkpo", "k": 2, "threshold": 1.0, "baseline": None}, "token", "none", "token_mean")
+    got = made.advantages(rewards_BR, weights, torch.zeros(3, dtype=torch.int64), torch.ones(3, 1))
+    assert got[:, 0].tolist() == pytest.approx([2.0, 1.0, 1.0])  # 2 (1 - C(1, 1) / C(2, 1)) = 1
+
+
+@pytest.mark.parametrize(
+    ("advantage", "said"),
+    [
+        ({"name": "pkpo", "k": 0, "threshold": 1.0, "baseline": None}, "got 0 for 'pkpo'; valid: 1 or more"),
+        ({"name": "passk", "k": 0, "threshold": 1.0}, "got 0 for 'passk'"),
+        ({"name": "distill", "discount": 0.0}, "place: token_reward"),
+    ],
+)
+def test_what_would_train_on_nothing_is_refused_when_it_is_built(advantage, said):
+    with pytest.raises(ConfigError, match=said):
+        Objective(advantage, "token", "none", "token_mean")
+
+
+def test_maxrl_without_a_baseline_learns_from_one_completion():
+    for baseline, least in ((None, 1), ("group_mean", 2)):
+        advantage = {"name": "maxrl", "eps": 1e-6, "baseline": baseline}
+        assert Objective(advantage, "token", "none", "token_mean").min_group_size == least
 
 
 def test_maxrl():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lit_reason.errors import ConfigError
 from lit_reason.objectives import CLIPS, Objective
 from lit_reason.types import PolicyBatch
 
@@ -201,3 +202,19 @@ def test_a_ratio_beyond_the_dtype_gives_no_nan(name, settings, old):
         (grad_BT,) = torch.autograd.grad(loss, new_BT)
         assert loss.isfinite()
         assert grad_BT.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("sapo", {"tau_positive": 0.0, "tau_negative": 1.0}, "got 0.0, 1.0; valid: above 0"),
+        (
+            "rpg_clip",
+            {"divergence": "forward", "beta": 0.1, "low": 0.2, "high": 0.2, "dual": 0.5},
+            "got 0.5; valid: a number above 1",
+        ),
+    ],
+)
+def test_a_range_without_sense_is_refused(name, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        surrogate(name, [1.0], [1.0], **settings)

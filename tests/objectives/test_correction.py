@@ -42,9 +42,12 @@ def test_truncated_and_masked():
     assert masked.weights_BT[0].tolist() == pytest.approx([0.0, 0.0, math.exp(0.6)])
     assert masked.cut_BT[0].tolist() == [True, True, False]
     assert correct("mask", level="token", low=None, high=2.0).cut_BT[0].tolist() == [True, False, False]
-    edge = math.exp(0.6) + 1e-6  # the bounds themselves are kept
+    edge = math.exp(0.6) - 1e-6  # the bounds themselves are kept
     assert not CORRECTIONS["mask"](torch.zeros(1, 1), torch.ones(1, 1), level="token", low=1.0, high=1.0).cut_BT.any()
-    assert correct("mask", level="token", low=edge, high=9.0).cut_BT[0].tolist() == [False, True, True]
+    assert correct("mask", level="token", low=None, high=edge).cut_BT[0].tolist() == [True, False, True]
+    for low, high in ((0.0, 0.0), (1.5, 2.0), (0.1, 0.5)):
+        with pytest.raises(ConfigError, match="valid: low <= 1 <= high"):
+            correct("mask", level="token", low=low, high=high)
 
 
 def test_log_ratio_is_trainer_over_engine_and_leaves_out_what_is_missing():
