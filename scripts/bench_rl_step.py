@@ -228,11 +228,20 @@ def main() -> int:
     print_table(record)
 
     cpu = "-".join(record["machine"]["cpu"].replace("(R)", "").split()[:3]).lower()
-    path = ROOT / "benchmarks" / "rl_step" / f"{args.name or time.strftime('%Y%m%d') + '-' + cpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}")
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
     return 0
+
+
+def free_path(name: str, folder: Path = ROOT / "benchmarks" / "rl_step") -> Path:
+    """`name.json`, or `name-2.json` and so on: an earlier measurement stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / f"{name}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.json"
+    return path
 
 
 if __name__ == "__main__":

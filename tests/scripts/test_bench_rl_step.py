@@ -82,3 +82,11 @@ def test_warm_up_must_leave_a_step(bench, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--steps", "2", "--warmup", "2"])
     assert "--warmup 2" in capsys.readouterr().err
+
+
+def test_an_earlier_measurement_is_not_overwritten(bench, tmp_path):
+    paths = []
+    for _ in range(3):
+        paths.append(bench.free_path("today", tmp_path))
+        paths[-1].write_text("{}")
+    assert [path.name for path in paths] == ["today.json", "today-2.json", "today-3.json"]
