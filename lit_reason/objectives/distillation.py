@@ -6,8 +6,9 @@ T tokens   V vocabulary
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lit_reason.errors import ConfigError
 
 
 def generalised_jsd(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, beta: float) -> Tensor:
@@ -18,7 +19,12 @@ def generalised_jsd(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, bet
     Trap: `beta` 0 is KL(teacher || student) and 1 is KL(student || teacher) by convention: the
     formula's own limits are 0, and near them the loss is small, unlike the KL.
     """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta: got {beta}; valid: 0 (teacher to student) to 1 (student to teacher), e.g. 0.5")
     student_TV, teacher_TV = student_logits_TV.log_softmax(-1), teacher_logits_TV.log_softmax(-1)
+    # What both exclude adds nothing; -inf - -inf would.
+    neither_TV = (student_TV == -torch.inf) & (teacher_TV == -torch.inf)
+    student_TV, teacher_TV = (x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) for x in (student_TV, teacher_TV))
     if beta == 0:
         return _kl(teacher_TV, student_TV)
     if beta == 1:
@@ -29,5 +35,6 @@ def generalised_jsd(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, bet
 
 
 def _kl(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
-    """KL(p || q)."""
-    return F.kl_div(log_q_TV, log_p_TV, reduction="none", log_target=True).sum(-1)
+    """KL(p || q); what p excludes adds nothing."""
+    p_TV = log_p_TV.exp()
+    return (p_TV * (log_p_TV - log_q_TV).masked_fill(p_TV == 0, 0)).sum(-1)
