@@ -33,9 +33,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scaling.ladder import Ladder, language_loss, recipe
+from scaling.ladder import Ladder, recipe
 from scaling.record import circumstances, new_figure, run, standard_error, write_json
 from scaling.text import digest, source_rows
+from scaling.training import VALIDATION_ROWS, train, validation_loss, whole_schedule
 from torch import Tensor
 
 from lit_reason.callbacks.expert_load import max_violation
@@ -43,7 +44,6 @@ from lit_reason.models import Transformer
 from lit_reason.report.picture import COLOURS, GREY
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "balance"
-VALIDATION_ROWS = 256
 LIMIT = 0.5
 
 
@@ -68,32 +68,29 @@ class Result:
     val: float
 
 
-def train(way: Way, seed: int, args: argparse.Namespace, rows_NT: Tensor) -> Result:
+def measure(way: Way, seed: int, args: argparse.Namespace, rows_NT: Tensor) -> Result:
     ladder = Ladder(args.width, args.depth, 272, args.seq_len, args.experts, args.experts_per_token)
     model = ladder.model(args.width, args.depth, "mup", seed).to(args.device)
-    settings = {"schedule": "linear", "warmup_steps": args.steps // 10, "final_fraction": 0.05}
-    optimizer, scheduler = recipe(args.optimizer, args.lr, **settings).build(model, args.steps)
-    training_NT, validation_NT = rows_NT[:-VALIDATION_ROWS], rows_NT[-VALIDATION_ROWS:]
-    order = torch.randperm(len(training_NT), generator=torch.Generator().manual_seed(seed)).to(args.device)
-    violation = []
-    for step in range(args.steps):
-        items = torch.arange(step * args.batch, (step + 1) * args.batch, device=args.device) % len(order)
-        cross_entropy, balance = language_loss(model, training_NT[order[items]], args.precision)
-        optimizer.zero_grad()
-        (cross_entropy + way.alpha * balance).backward()
-        optimizer.step()
-        scheduler.step()
-        violation.append(max(max_violation(router.load_E) for router in model.routers()))
-        for router in model.routers():
-            router.update_bias(way.bias_rate)
-    val, loads = validate(model, validation_NT, args)
+    optimizer = recipe(args.optimizer, args.lr, **whole_schedule(args.steps))
+    losses = train(
+        model,
+        optimizer,
+        rows_NT[:-VALIDATION_ROWS],
+        steps=args.steps,
+        batch=args.batch,
+        seed=seed,
+        precision=args.precision,
+        alpha=way.alpha,
+        bias_rate=way.bias_rate,
+    )
+    violation = [max(max_violation(router.load_E) for router in model.routers()) for _ in losses]
+    val, loads = validate(model, rows_NT[-VALIDATION_ROWS:], args)
     dead = sum(int((load_E == 0).sum()) for load_E in loads)
     return Result(way.name, seed, violation, max(map(max_violation, loads)), dead, val)
 
 
 def validate(model: Transformer, rows_NT: Tensor, args: argparse.Namespace) -> tuple[float, list[Tensor]]:
     """(cross-entropy, load_E of each layer) over held-out text."""
-    total = 0.0
     loads = [torch.zeros_like(router.load_E) for router in model.routers()]
 
     def listen(index: int) -> Any:
@@ -103,13 +100,10 @@ def validate(model: Transformer, rows_NT: Tensor, args: argparse.Namespace) -> t
         return hook
 
     handles = [router.register_forward_hook(listen(i)) for i, router in enumerate(model.routers())]
-    model.eval()
-    with torch.no_grad():
-        for chunk in rows_NT.split(args.batch):
-            total += language_loss(model, chunk, args.precision)[0].item() * len(chunk)
+    loss = validation_loss(model, rows_NT, args.batch, args.precision)
     for handle in handles:
         handle.remove()
-    return total / len(rows_NT), loads
+    return loss, loads
 
 
 def summary(results: Sequence[Result], ways: Sequence[Way]) -> dict[str, dict[str, Any]]:
@@ -224,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(args.seeds):
         for way in ways:
             start = time.perf_counter()
-            results.append(train(way, seed, args, rows_NT))
+            results.append(measure(way, seed, args, rows_NT))
             found = results[-1]
             print(
                 f"{way.name} seed {seed}: validation text: max violation {found.violation_val:.2f}, {found.dead} dead, "

@@ -38,16 +38,15 @@ import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
-from scaling.ladder import SCHEMES, Ladder, language_loss, optimizer_config, recipe
+from scaling.ladder import SCHEMES, Ladder, optimizer_config, recipe
 from scaling.record import FOLDER, circumstances, new_figure, run, standard_error, write_json
 from scaling.text import digest, source_rows
+from scaling.training import VALIDATION_ROWS, train, validation_loss, whole_schedule
 from torch import Tensor
 
 from lit_reason.report.picture import COLOURS, GREY
 
-WARMUP, FINAL = 0.1, 0.05  # share of the steps; what is left of the rate at the end
 TAIL = 0.125  # share of the steps whose mean training loss counts
-VALIDATION_ROWS = 256
 MOST_OCTAVES = 4  # that a grid may grow on either side
 ROUTER_BIAS_RATE = 1e-3
 
@@ -69,31 +68,25 @@ class Run:
         """`{"train": mean over the last steps, "val": on rows that no run trains on}` in nats."""
         ladder = Ladder(args.base_width, args.depth, seq_len=args.seq_len, branch_gain=args.branch_gain)
         model = ladder.model(self.width, args.depth, self.scheme, self.seed).to(args.device)
-        settings = {"schedule": "linear", "warmup_steps": int(WARMUP * args.steps), "final_fraction": FINAL}
-        optimizer, scheduler = recipe(self.optimizer, 2.0**self.log2_lr, tuple(args.set), **settings).build(
-            model, args.steps
-        )
-        training_NT, validation_NT = rows_NT[:-VALIDATION_ROWS], rows_NT[-VALIDATION_ROWS:]
-        order = torch.randperm(len(training_NT), generator=torch.Generator().manual_seed(self.seed)).to(args.device)
+        optimizer = recipe(self.optimizer, 2.0**self.log2_lr, tuple(args.set), **whole_schedule(args.steps))
         losses = []
-        for step in range(args.steps):
-            items = torch.arange(step * args.batch, (step + 1) * args.batch, device=args.device) % len(order)
-            cross_entropy, balance = language_loss(model, training_NT[order[items]], args.precision)
-            losses.append(cross_entropy.item())
-            if not math.isfinite(losses[-1]):
+        for loss in train(
+            model,
+            optimizer,
+            rows_NT[:-VALIDATION_ROWS],
+            steps=args.steps,
+            batch=args.batch,
+            seed=self.seed,
+            precision=args.precision,
+            alpha=model.config.balance_loss,
+            bias_rate=ROUTER_BIAS_RATE,
+        ):
+            losses.append(loss)
+            if not math.isfinite(loss):
                 return {"train": math.inf, "val": math.inf}
-            optimizer.zero_grad()
-            (cross_entropy + model.config.balance_loss * balance).backward()
-            optimizer.step()
-            scheduler.step()
-            for router in model.routers():
-                router.update_bias(ROUTER_BIAS_RATE)
-        model.eval()
-        with torch.no_grad():
-            chunks = validation_NT.split(args.batch)
-            val = [language_loss(model, chunk, args.precision)[0].item() * len(chunk) for chunk in chunks]
         tail = losses[-max(1, int(TAIL * args.steps)) :]
-        found = {"train": statistics.fmean(tail), "val": sum(val) / len(validation_NT)}
+        val = validation_loss(model, rows_NT[-VALIDATION_ROWS:], args.batch, args.precision)
+        found = {"train": statistics.fmean(tail), "val": val}
         return found if math.isfinite(found["val"]) else {"train": math.inf, "val": math.inf}
 
 

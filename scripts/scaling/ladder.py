@@ -14,9 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from lit_reason.config import instantiate
 from lit_reason.config.compose import compose
@@ -82,14 +80,6 @@ def _scaled(width: int) -> dict[str, Any]:
         "ffn_width": 3 * width,
         "expert_width": width // 2,
     }
-
-
-def language_loss(model: Transformer, rows_BT: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the next token in nats, balance loss)."""
-    with torch.autocast(rows_BT.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        hidden = model.hidden(rows_BT[:, :-1])
-        logits_BTV = model.head(hidden.states_BTD)
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT[:, 1:].flatten()), hidden.balance
 
 
 def recipe(name: str, lr: float | None = None, settings: tuple[str, ...] = (), **fixed: Any) -> OptimizerRecipe:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,30 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SMALL = ["--widths", "64", "128", "--steps", "2", "--seeds", "1", "--batch", "1", "--seq-len", "16", "--depth", "2"]
 
 
-def load(name: str):
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
 @pytest.fixture
-def coord(monkeypatch):
+def coord(load, monkeypatch):
     return with_little_text(load("coord_check"), monkeypatch)
 
 
 @pytest.fixture
-def transfer(monkeypatch):
+def transfer(load, monkeypatch):
     return with_little_text(load("lr_transfer"), monkeypatch)
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,23 +14,9 @@ from lit_reason.data import ByteTokenizer
 from lit_reason.models import ModelConfig, Transformer
 from lit_reason.types import Prompt
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def load(name: str):
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
 
 @pytest.fixture
-def balance(monkeypatch):
+def balance(load, monkeypatch):
     module = load("balance")
     monkeypatch.setattr(module, "source_rows", partial(module.source_rows, max_bytes=80_000))
     monkeypatch.setattr(module, "VALIDATION_ROWS", 32)
@@ -76,7 +59,7 @@ def test_the_bias_balances_and_nothing_does_not(balance, tmp_path):
     assert len(record["runs"][0]["violation"]) == 40 and 1.5 < record["runs"][0]["val"] < 5.6
 
 
-def test_drafts_give_the_same_completions():
+def test_drafts_give_the_same_completions(load):
     bench = load("bench_speculative")
     torch.manual_seed(0)
     model = Transformer(ModelConfig(width=32, depth=2, heads=2, max_seq_len=64, mtp_depth=1))
@@ -89,7 +72,7 @@ def test_drafts_give_the_same_completions():
     )  # of an untrained module
 
 
-def test_a_row_of_a_finished_run(tmp_path):
+def test_a_row_of_a_finished_run(load, tmp_path):
     in_use = load("mup_in_use")
     metric = {"pass_at_1": {"value": 0.5, "ci": [0.4, 0.6], "n": 100}}
     info = {"recipe": "none", "seed": 3, "commit": "0123abc", "metrics": metric}
