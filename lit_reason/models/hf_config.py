@@ -166,7 +166,9 @@ def _with_mup(config: ModelConfig, mup: Any) -> ModelConfig:
         if base[key] is not None:
             _number(base, key, int)
     ours = {key: _number(mup, key, float) for key in _OURS if key in mup}
-    centred = mup.get("centre_bias", False) is True
+    centred = mup.get("centre_bias", False)
+    if not isinstance(centred, bool):
+        raise ConfigError(f"mup.centre_bias={centred!r}: must be true or false")
     config = ModelConfig.from_dict({**config.to_dict(), "base": base, "centre_bias": centred, **ours})
     if mup["residual_scale"] != config.residual_scale:
         raise ConfigError(

@@ -43,6 +43,8 @@ def resolve(axis: str, spec: str | Mapping[str, Any], table: Mapping[str, Callab
     missing = [key for key in wanted if key not in settings]
     if missing:
         typed = " ".join(f"+algorithm.{axis}.{key}=VALUE" for key in missing)
+        if isinstance(spec, str):  # a key below it would replace the name
+            typed = f"'algorithm.{axis}={{name: {name}, {', '.join(f'{key}: VALUE' for key in missing)}}}'"
         raise ConfigError(
             f"{axis}: {name!r} needs {', '.join(missing)}, got {sorted(settings) or 'no settings'}. Type {typed}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +64,7 @@ class Composite(Optimizer):
         return loss
 
 
-class MatrixRule(Optimizer):
+class MatrixRule(Optimizer, ABC):
     """A part of the composite that updates every parameter that has a gradient, knowing its matrices.
 
     Args:
@@ -85,9 +85,9 @@ class MatrixRule(Optimizer):
                 if parameter.grad is not None:
                     self.update(parameter, parameter.grad, group)
 
+    @abstractmethod
     def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """One step of one parameter, in place."""
-        raise NotImplementedError
 
 
 @dataclass

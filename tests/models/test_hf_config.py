@@ -193,3 +193,15 @@ def test_a_model_that_their_format_cannot_express_is_not_written(tiny, tmp_path,
     with pytest.raises(ConfigError, match=part):
         save_hf(Transformer(tiny(**changes)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_format_has_no_key_for_comes_back_and_older_exports_lack_some(tiny, edit, tmp_path):
+    config = tiny(branch_gain=0.5, mtp_loss=0.1, centre_bias=True)
+    folder = save_hf(Transformer(config), tmp_path / "out")
+    assert from_hf_config(json.loads((folder / "config.json").read_text())) == config
+    block = json.loads((folder / "config.json").read_text())["mup"]
+    edit(folder, mup={key: block[key] for key in ("base", "init_gain", "embed_std", "residual_scale")})
+    assert from_hf_config(json.loads((folder / "config.json").read_text())) == tiny()
+    edit(folder, mup=block | {"centre_bias": "yes"})
+    with pytest.raises(ConfigError, match=r"mup.centre_bias='yes': must be true or false"):
+        load_hf(folder)

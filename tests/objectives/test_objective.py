@@ -78,6 +78,7 @@ def test_published_constants():
             {"advantage": AXES["advantage"] | {"name": "group_mean"}},
             r"no setting 'eps', 'ddof'; valid: none. Type '~algorithm.advantage.eps' '~algorithm.advantage.ddof'",
         ),
+        ({"clip": "ppo"}, r"Type 'algorithm.clip=\{name: ppo, low: VALUE, high: VALUE, dual: VALUE\}'"),
         ({"advantage": {"name": "group_norm", "eps": 1e-4}}, r"needs ddof.*\+algorithm.advantage.ddof=VALUE"),
         ({"clip": AXES["clip"] | {"hihg": 0.3}}, r"no setting 'hihg'; did you mean 'high'"),
         ({"clip": AXES["clip"] | {"high": "0.3"}}, r"clip.high: got '0.3' \(str\); valid: a finite number >= 0"),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_reason.optim import SOAP, AdamMini, Composite, MarsM, Muon, Shampoo
+from lit_reason.optim.composite import MatrixRule
 
 RECIPES = {
     "muon": lambda: Muon(lr=0.02, warmup_steps=2, schedule="cosine", weight_decay=0.1),
@@ -177,3 +178,8 @@ def test_lightning_clips_schedules_and_resumes_it(name, make_model, tmp_path):
     assert resumed.losses == straight.losses[3:]
     for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_rule_without_an_update_cannot_be_built():
+    with pytest.raises(TypeError, match="abstract"):
+        MatrixRule([{"params": [torch.nn.Parameter(torch.ones(2, 2))]}], {"lr": 1.0}, {})
