@@ -3,6 +3,7 @@
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import Base, ModelConfig, Yarn
 from lit_reason.models.mup import Role, parameter_roles
+from lit_reason.models.protocol import CausalLM
 from lit_reason.models.transformer import Transformer
 
-__all__ = ["Base", "LatentCache", "ModelConfig", "Role", "Transformer", "Yarn", "parameter_roles"]
+__all__ = ["Base", "CausalLM", "LatentCache", "ModelConfig", "Role", "Transformer", "Yarn", "parameter_roles"]

@@ -16,7 +16,7 @@ from lit_reason.models.layers import RMSNorm, compute_dtype
 from lit_reason.models.mla import Cursor
 from lit_reason.models.moe import Router
 from lit_reason.models.mtp import MTPModule
-from lit_reason.models.packing import Packed
+from lit_reason.models.packing import Packed, pack
 from lit_reason.models.rope import rope_table
 
 
@@ -104,6 +104,16 @@ class Transformer(nn.Module):
             found.append(hidden)
         return found
 
+    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
+        """What the head reads to predict the targets that count, in row-major order: states_MD.
+
+        Args:
+            input_ids_BT: int64, right-padded; rows that agree up to their first counted target compute it once.
+            counts_BT: bool, targets (the token after each input) that count.
+        """
+        batch = pack(input_ids_BT, counts_BT)
+        return self.packed(batch).index_select(0, batch.state_M)
+
     def packed(self, batch: Packed) -> Tensor:
         """Everything but the head on packed tokens: states_ND. There is no balance loss, which is per sequence; the
         router counts a shared prompt once, as it is computed."""
@@ -167,6 +177,10 @@ class Transformer(nn.Module):
         """An empty cache in the weights' dtype and on their device; `draft`: with a layer for `draft` too."""
         weight = self.embed.weight
         return LatentCache(self.config, rows, capacity, draft=draft, dtype=weight.dtype, device=weight.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]

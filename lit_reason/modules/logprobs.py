@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_reason.models import Transformer
-from lit_reason.models.packing import pack
+from lit_reason.models import CausalLM
 from lit_reason.types import PolicyBatch
 
 
-def token_logprobs(model: Transformer, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: CausalLM, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy (nats) under `temperature`, both (B, T) float32, 0 where masked.
 
     A prompt that several rows share is computed once, and only positions that count reach the head.
     """
     counts_BT = batch.mask_BT > 0
-    packed = pack(batch.input_ids_BT, counts_BT)
-    states_MD = model.packed(packed).index_select(0, packed.state_M)
+    states_MD = model.states_at(batch.input_ids_BT, counts_BT)
     logprob_M, entropy_M = chosen_logprobs(model.head(states_MD), batch.target_ids_BT[counts_BT], temperature)
     empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
     return empty_BT.masked_scatter(counts_BT, logprob_M), empty_BT.masked_scatter(counts_BT, entropy_M)

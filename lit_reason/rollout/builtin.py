@@ -139,7 +139,7 @@ class BuiltinEngine:
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int], meter: _Meter
     ) -> list[tuple[list[int], list[float], bool]]:
         """Token ids, log-probs and "a stop token ended it" of each prompt. All of a chunk's rows decode in step."""
-        model, device = self.model, self.model.embed.weight.device
+        model, device = self.model, self.model.device
         B, room = len(prompts), self.model.config.max_seq_len
         steps = min(sampling.max_tokens, room - min(map(len, prompts)))
         cache, logits_BV = self._prefill(prompts)
@@ -179,7 +179,7 @@ class BuiltinEngine:
     def _chunk_with_drafts(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, meter: _Meter
     ) -> list[tuple[list[int], list[float], bool]]:
-        stop_ids = torch.tensor(self.tokenizer.stop_ids, device=self.model.embed.weight.device)
+        stop_ids = torch.tensor(self.tokenizer.stop_ids, device=self.model.device)
         rows, drafted, accepted = generate_with_drafts(self.model, prompts, sampling.max_tokens, stop_ids, meter.update)
         self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
         meter.chunk_done(len(prompts))
@@ -187,7 +187,7 @@ class BuiltinEngine:
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[LatentCache, Tensor]:
         """Reads each distinct prompt once, then fans its latents and logits out to every row that has it."""
-        device = self.model.embed.weight.device
+        device = self.model.device
         first = {ids: i for i, ids in enumerate(dict.fromkeys(prompts))}
         length = torch.tensor([len(ids) for ids in first], device=device)
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in first], batch_first=True).to(device)

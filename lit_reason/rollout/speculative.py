@@ -76,7 +76,7 @@ def generate_with_drafts(
         Token ids, log-probs and "a stop token ended it" of each prompt; drafts made for live
         rows, and those that gave a token.
     """
-    device, room = model.embed.weight.device, model.config.max_seq_len
+    device, room = model.device, model.config.max_seq_len
     length_B = torch.tensor([len(ids) for ids in prompts], device=device)
     out = Emitted(length_B, max_tokens, room, stop_ids)
     row = torch.arange(len(prompts), device=device)
