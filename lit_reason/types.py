@@ -132,7 +132,10 @@ class PolicyBatch:
         rollout_logprobs_BT: the engine's log-probs (mu), 0 where masked; NaN where the engine gave none.
         old_logprobs_BT: the trainer's own at the round's start; None means "this is the round's only update",
             so that old == new.detach() exactly.
-        ref_logprobs_BT: the frozen reference's; None when no KL term asks for it.
+        ref_logprobs_BT: the reference's (or the teacher's); None when no KL term asks for it.
+        values_BT: the critic's at the round's start; returns_BT: what it should have said. None without a critic.
+        marked_BT: bool, tokens that the surrogate treats apart; None where none does.
+        mismatch_kl: 0-d, KL(engine || trainer) per token over the whole round; None when old_logprobs_BT is.
         group_tokens_B: number of masked-in tokens of the sequence's whole group (prompt-mean-token-mean).
         sequences_total, tokens_total, prompts_total: float32 scalars (0-d), see above.
         max_completion: the generation limit in tokens (Dr.GRPO's constant L_max).
@@ -150,6 +153,10 @@ class PolicyBatch:
     max_completion: Tensor
     old_logprobs_BT: Tensor | None = None
     ref_logprobs_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+    marked_BT: Tensor | None = None
+    mismatch_kl: Tensor | None = None
 
     def to(self, device: torch.device | str, **kwargs: Any) -> PolicyBatch:
         """A copy on `device` (Lightning calls this to move batches)."""

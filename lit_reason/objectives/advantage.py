@@ -8,8 +8,9 @@ Every choice is a pure function
 
 where `group_B` (int64) names the prompt of each row, rows with `valid_B` False count in no statistic and get 0, and the
 rows are those of one whole optimizer step or more (a batch statistic over a micro-batch would be another objective).
-A choice may have one more positional parameter: `penalty_BT`, a KL per token (`kl.place: token_reward`), or
-`old_logprobs_BT`, the sampling policy's log-probs.
+A choice may name more that it wants to know: `penalty_BT`, a KL per token (`kl.name: k1_token_reward`),
+`old_logprobs_BT`, the sampling policy's log-probs, `values_BT`, the critic's, or `greedy_BR`, the rewards of the greedy
+completion of each row's prompt. What it has to say besides the advantage comes as `Assessed`.
 
 | choice                            | A                                              | file                 |
 |-----------------------------------|------------------------------------------------|----------------------|
@@ -18,10 +19,13 @@ A choice may have one more positional parameter: `penalty_BT`, a KL per token (`
 | group_mean_batch_std              | (R - mean_group) / std_batch                   | here                 |
 | rloo                              | R - mean of the others                         | here                 |
 | reinforce                         | R, or R - mean_batch                           | here                 |
+| remax                             | R - R of the greedy completion                 | here                 |
+| none                              | 0: no reward counts                            | here                 |
 | gdpo                              | sum of columns, each normalised                | here                 |
 | maxrl, pkpo, passk                | for rewards of 0 and 1                         | advantage_binary.py  |
 | reinforce_pp(_baseline), distill  | one number per token                           | advantage_token.py   |
-| clip_cov                          | group_norm, 0 on tokens of high covariance     | advantage_token.py   |
+| clip_cov, kl_cov                  | group_norm; tokens of high covariance apart    | advantage_token.py   |
+| gae                               | a critic's, PPO                                | critic.py            |
 
 Common to all that compare within a group: a group whose rewards are all equal, or that has one member, gets exactly 0.
 Without that guard the rounding of the mean is divided by the tiny eps: seven float32 rewards of 0.1 give 0.82 with eps
@@ -37,7 +41,8 @@ import torch
 from torch import Tensor
 
 from lit_reason.objectives.advantage_binary import maxrl, passk, pkpo
-from lit_reason.objectives.advantage_token import clip_cov, distill, reinforce_pp, reinforce_pp_baseline
+from lit_reason.objectives.advantage_token import clip_cov, distill, kl_cov, reinforce_pp, reinforce_pp_baseline
+from lit_reason.objectives.critic import Assessed, gae_advantages
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
 
 
@@ -58,6 +63,24 @@ def reinforce(
     if baseline is None:
         return reward_B.masked_fill(~valid_B, 0)
     return centre(reward_B, torch.zeros_like(group_B), valid_B)[0]
+
+
+def remax(
+    rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, mask_BT: Tensor, greedy_BR: Tensor
+) -> Tensor:
+    """ReMax: A_i = R_i - R(greedy completion of the same prompt) (arXiv 2310.10505).
+
+    Trap: the greedy completion is one more to generate and to score per prompt, not per sample; it is not trained on.
+    """
+    return weighted_sum(rewards_BR - greedy_BR.to(rewards_BR.dtype), weights_R).masked_fill(~valid_B, 0)
+
+
+def none(rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """A = 0: what is learnt comes from the distillation, KL or entropy terms alone.
+
+    Trap: the rewards are still computed and logged, and decide nothing.
+    """
+    return torch.zeros_like(rewards_BR[:, 0])
 
 
 def group_mean(rewards_BR: Tensor, weights_R: Tensor, group_B: Tensor, valid_B: Tensor, mask_BT: Tensor) -> Tensor:
@@ -163,7 +186,10 @@ def conditioned(rewards_BR: Tensor, *, reward: int, on: int, threshold: float) -
     return kept_BR
 
 
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+ADVANTAGES: dict[str, Callable[..., Tensor | Assessed]] = {
+    "none": none,
+    "remax": remax,
+    "gae": gae_advantages,
     "reinforce": reinforce,
     "group_mean": group_mean,
     "rloo": rloo,
@@ -177,12 +203,14 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "distill": distill,
     "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
 }
 
 # Alone in its group a completion has advantage 0 with these.
 COMPARING = {
     "reinforce_pp_baseline",
     "clip_cov",
+    "kl_cov",
     "group_mean",
     "rloo",
     "group_norm",

@@ -2,7 +2,7 @@
 
     B sequences   R rewards   T tokens
 
-`penalty_BT` is -weight * (old - ref), the KL of `kl.place: token_reward`, 0 where masked; None without one.
+`penalty_BT` is -weight * (old - ref), the KL of `kl.name: k1_token_reward`, 0 where masked; None without one.
 `old_logprobs_BT` are the sampling policy's log-probs, 0 where masked.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_reason.errors import ConfigError
+from lit_reason.objectives.critic import Assessed
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
 
 
@@ -76,15 +77,14 @@ def distill(
     """On-policy distillation: A_t = -weight (log p_old - log q_teacher), the teacher being the reference.
 
     Thinking Machines, "On-Policy Distillation" (2025). `discount` 0 is theirs: a token answers for itself alone; with
-    1 for all that follows. Verifiable rewards are not used. Needs `kl.place: token_reward`.
+    1 for all that follows. Verifiable rewards are not used. Needs `kl.name: k1_token_reward`.
 
-    Trap: never centre or normalise it: the sign of each token is the signal. `PolicyModule`'s reference is a copy of
-    the policy's own start, which teaches nothing new: a teacher's log-probs are yours to hand in as `ref_logprobs_BT`.
+    Trap: never centre or normalise it: the sign of each token is the signal.
     """
     if penalty_BT is None:
         raise ConfigError(
-            "advantage 'distill' learns from a KL per token and got none; valid: a kl with place token_reward and a "
-            "weight above 0. Type 'algorithm.kl={estimator: k1, place: token_reward, weight: 1.0}'"
+            "advantage 'distill' learns from a KL per token and got none; valid: kl k1_token_reward with a weight "
+            "above 0. Type 'algorithm.kl={name: k1_token_reward, weight: 1.0}'"
         )
     return (_to_go(penalty_BT, discount) if discount else penalty_BT).masked_fill(~valid_B[:, None], 0)
 
@@ -111,18 +111,61 @@ def clip_cov(
     Trap: drawn once per round, at the policy that sampled, before the round is split into micro-batches; the authors
     draw anew at every update. `fraction` is of *all* tokens: in a round of fewer than 1 / fraction none is drawn.
     """
+    advantages_BT, covariance_BT, on_BT = _covariance(
+        rewards_BR, weights_R, group_B, valid_B, mask_BT, old_logprobs_BT, eps, ddof
+    )
+    candidates = (on_BT & (covariance_BT >= low) & (covariance_BT <= high)).flatten().nonzero()[:, 0]
+    tokens = int(on_BT.sum())
+    lots = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(tokens))[: int(fraction * tokens)]
+    return advantages_BT.flatten().index_fill(0, candidates[lots.to(candidates.device)], 0.0).view_as(advantages_BT)
+
+
+def kl_cov(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    *,
+    eps: float,
+    ddof: int,
+    fraction: float,
+) -> Assessed:
+    """KL-Cov: GRPO's advantage; the `fraction` of all tokens with the highest covariance is marked (arXiv 2505.22617).
+
+    The covariance is `clip_cov`'s. The surrogate `kl_cov` holds the marked tokens to the policy that sampled.
+
+    Trap: at least one token of the round is marked, however small the fraction.
+    """
+    advantages_BT, covariance_BT, on_BT = _covariance(
+        rewards_BR, weights_R, group_B, valid_B, mask_BT, old_logprobs_BT, eps, ddof
+    )
+    tokens = int(on_BT.sum())
+    count = min(max(1, int(fraction * tokens)), tokens)
+    highest = covariance_BT.masked_fill(~on_BT, -torch.inf).flatten().topk(count).indices
+    marked_BT = torch.zeros_like(on_BT).flatten().index_fill(0, highest, True).view_as(on_BT)
+    return Assessed(advantages_BT, marked_BT=marked_BT)
+
+
+def _covariance(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    eps: float,
+    ddof: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GRPO's advantages, (log p - mean log p) (A - mean A) over all tokens, and which tokens these are."""
     advantages_B = normalise(weighted_sum(rewards_BR, weights_R), group_B, valid_B, eps, ddof)
     advantages_BT = advantages_B[:, None].repeat(1, mask_BT.shape[1])
     on_BT = (mask_BT > 0) & valid_B[:, None]
-    tokens = int(on_BT.sum())
     mean_advantage, mean_logprob = (
-        v.masked_fill(~on_BT, 0).sum() / max(tokens, 1) for v in (advantages_BT, old_logprobs_BT)
+        v.masked_fill(~on_BT, 0).sum() / on_BT.sum().clamp(min=1) for v in (advantages_BT, old_logprobs_BT)
     )
-    covariance_BT = (old_logprobs_BT - mean_logprob) * (advantages_BT - mean_advantage)
-    candidate_BT = on_BT & (covariance_BT >= low) & (covariance_BT <= high)
-    candidates = candidate_BT.flatten().nonzero()[:, 0]
-    lots = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(tokens))[: int(fraction * tokens)]
-    return advantages_BT.flatten().index_fill(0, candidates[lots.to(candidates.device)], 0.0).view_as(advantages_BT)
+    return advantages_BT, (old_logprobs_BT - mean_logprob) * (advantages_BT - mean_advantage), on_BT
 
 
 def _to_go(values_BT: Tensor, discount: float) -> Tensor:

@@ -6,6 +6,7 @@ Every choice is a pure function
 
     f(ratio_BT, advantages_BT, logprobs_BT, mask_BT, *, settings) -> Surrogate(loss_BT, low_BT, high_BT)
 
+A choice that treats some tokens apart takes `marked_BT` too (bool, from the advantage of the same name).
 `logprobs_BT` are the new policy's, for surrogates that put the gradient on them instead of on the ratio. Where masked,
 the ratio is 1 and the other two are 0. `low_BT` and `high_BT` (bool) mark the tokens that the lower and the upper bound
 cut off.
@@ -19,6 +20,7 @@ cut off.
 | sapo                         | r A, fading with r - 1                                      | token                   |
 | dppo                         | r A, 0 where the policy has moved too far                   | token                   |
 | gmpo                         | (product of r)^(1/L) A, 0 on clipped tokens                 | token                   |
+| kl_cov                       | r A, on marked tokens pulled back to the old policy         | token                   |
 | rpg, rpg_clip, rpg_dual_clip | with a KL to the sampling policy inside; see rpg.py         | token                   |
 """
 
@@ -180,6 +182,24 @@ def gmpo(
     return Surrogate(-advantages_BT * mean_B1.exp(), low_BT, high_BT)
 
 
+def kl_cov(
+    ratio_BT: Tensor,
+    advantages_BT: Tensor,
+    logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    marked_BT: Tensor,
+    *,
+    coef: float,
+) -> Surrogate:
+    """KL-Cov: -(r A - coef |log r|) on marked tokens, -r A on all others (arXiv 2505.22617).
+
+    Trap: |log r| has no gradient at r = 1, so in a round's first update the marked tokens learn like the others.
+    """
+    log_BT = ratio_BT.clamp(min=torch.finfo(ratio_BT.dtype).tiny).log()
+    penalty_BT = coef * log_BT.abs().masked_fill(~marked_BT, 0)
+    return Surrogate(penalty_BT - ratio_BT * advantages_BT, *_never(ratio_BT))
+
+
 def rpg_dual_clip(
     ratio_BT: Tensor,
     advantages_BT: Tensor,
@@ -208,6 +228,7 @@ CLIPS: dict[str, Callable[..., Surrogate]] = {
     "sapo": sapo,
     "dppo": dppo,
     "gmpo": gmpo,
+    "kl_cov": kl_cov,
     "rpg": rpg,
     "rpg_clip": rpg_clip,
     "rpg_dual_clip": rpg_dual_clip,

@@ -17,14 +17,15 @@ A log-prob that the engine did not give (NaN) corrects nothing: rho = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_reason.errors import ConfigError
-from lit_reason.objectives.metrics import masked_mean
+from lit_reason.objectives.choices import check_value, resolve
+from lit_reason.objectives.metrics import effective_sample_size, masked_mean
 from lit_reason.objectives.ratio import safe_exp
 
 Level = Literal["token", "sequence", "geometric"]
@@ -70,6 +71,16 @@ def _check_bounds(low: float, high: float) -> None:
 CORRECTIONS: dict[str, Callable[..., Correction]] = {"truncate": truncate, "mask": mask}
 
 
+def resolve_correction(spec: Mapping[str, Any] | None) -> tuple[Callable[..., Correction] | None, float | None]:
+    """The correction with its settings bound, and `above`: the mismatch KL (nats per token) from which it acts."""
+    if spec is None:
+        return None, None
+    settings = dict(spec)
+    above = settings.pop("above", None)
+    check_value("correction.above", above, float | None)
+    return resolve("correction", settings, CORRECTIONS), above
+
+
 @torch.no_grad()
 def log_ratio(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """old - rollout; 0 where masked and where the engine gave none."""
@@ -79,11 +90,12 @@ def log_ratio(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Ten
 
 @torch.no_grad()
 def correction_metrics(correction: Correction, on_BT: Tensor) -> dict[str, Tensor]:
-    """`correction/ess`: effective sample size (sum w)^2 / (N sum w^2) in 0..1, 1 in a micro-batch without weight;
-    `correction/cut`: share of tokens truncated or rejected. (Like quantiles, the first averages inexactly.)"""
-    mean, square = masked_mean(correction.weights_BT, on_BT), masked_mean(correction.weights_BT.square(), on_BT)
-    ess = torch.where(square > 0, mean.square() / square, torch.ones_like(square))
-    return {"correction/ess": ess, "correction/cut": masked_mean(correction.cut_BT.float(), on_BT)}
+    """`correction/cut`: share of tokens truncated or rejected; `correction/ess`: effective sample size of the weights,
+    1 in a micro-batch without weight. (Over micro-batches its mean is taken.)"""
+    return {
+        "correction/ess": effective_sample_size(correction.weights_BT.log(), on_BT),
+        "correction/cut": masked_mean(correction.cut_BT.float(), on_BT),
+    }
 
 
 @torch.no_grad()

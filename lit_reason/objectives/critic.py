@@ -1,20 +1,99 @@
-"""PPO with a critic, as pure functions: generalised advantages, returns and the clipped value loss.
+"""The critic's side of PPO, as pure functions: generalised advantage estimation and the value loss.
 
-    B sequences   T tokens
-
-No policy module here trains a critic; these are for one that does. The advantages go into `PolicyBatch.advantages_BT`,
-whitened by `statistics.whiten` if wanted, and any surrogate takes them.
+B sequences   R rewards   T tokens
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from lit_reason.errors import ConfigError, nearest
+from lit_reason.objectives.choices import check_value
+from lit_reason.objectives.statistics import weighted_sum, whiten
 
-@torch.no_grad()
+
+@dataclass(frozen=True, slots=True)
+class CriticSettings:
+    """How values are learnt.
+
+    Args:
+        trunk: `"separate"` is a model of its own that starts as a copy of the policy; `"shared"` is a value head on the
+            policy's own states, whose gradient then reaches the policy too.
+        lr_factor: times the policy's learning rate, for the critic's own parameters.
+        loss_coef: weight of the value loss. With Adam and a separate trunk it changes nothing; `lr_factor` does.
+        clip: how far a value may move in an update before it stops counting (`value_loss`); None is unbounded.
+    """
+
+    trunk: Literal["separate", "shared"]
+    lr_factor: float
+    loss_coef: float
+    clip: float | None
+
+
+def resolve_critic(spec: Mapping[str, Any]) -> CriticSettings:
+    """`{trunk, lr_factor, loss_coef, clip}`, each named; ConfigError for anything else."""
+    hints = {field.name: get_type_hints(CriticSettings)[field.name] for field in fields(CriticSettings)}
+    for key in spec:
+        if key not in hints:
+            raise ConfigError(f"critic: got key {key!r}; {nearest(str(key), hints)}. Type algorithm.critic.KEY=VALUE")
+    for key, hint in hints.items():
+        if key not in spec:
+            raise ConfigError(f"critic: {key!r} is missing, got {sorted(spec)}. Type +algorithm.critic.{key}=VALUE")
+        check_value(f"critic.{key}", spec[key], hint)
+    return CriticSettings(**spec)
+
+
+class Assessed(NamedTuple):
+    """What an advantage may say of each token besides its advantage.
+
+    Args:
+        advantages: (B, T), or (B,) for all tokens of a sequence.
+        returns_BT: what the critic should have said; None without a critic.
+        marked_BT: bool, tokens that a surrogate treats in another way (`kl_cov`); None where none does.
+    """
+
+    advantages: Tensor
+    returns_BT: Tensor | None = None
+    marked_BT: Tensor | None = None
+
+
+def gae_advantages(
+    rewards_BR: Tensor,
+    weights_R: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    mask_BT: Tensor,
+    values_BT: Tensor,
+    penalty_BT: Tensor | None = None,
+    *,
+    gamma: float,
+    lam: float,
+    holes: Literal["skip", "zero"],
+    whiten_eps: float | None,
+) -> Assessed:
+    """PPO: GAE over token rewards: the reward on the last token, `penalty_BT` on each (arXiv 1506.02438, 1909.08593).
+
+    Whitened over all tokens with the sample variance + `whiten_eps`; None leaves them as they are.
+
+    Trap: the returns are made of the raw advantages, whitening comes after. With gamma and lam 1 the critic is a mere
+    baseline, A = R - V; lam 0 trusts it wholly.
+    """
+    on_BT = (mask_BT > 0) & valid_B[:, None]
+    position_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+    last_B = (on_BT * position_T).argmax(dim=1)
+    rewards_BT = torch.zeros_like(values_BT) if penalty_BT is None else penalty_BT.masked_fill(~on_BT, 0)
+    rewards_BT = rewards_BT.scatter_add(1, last_B[:, None], weighted_sum(rewards_BR, weights_R)[:, None])
+    raw_BT, returns_BT = gae(rewards_BT, values_BT, on_BT, gamma=gamma, lam=lam, holes=holes)
+    if whiten_eps is not None:
+        raw_BT = whiten(raw_BT, on_BT.to(raw_BT.dtype), eps=whiten_eps, ddof=1)
+    return Assessed(raw_BT, returns_BT)
+
+
 def gae(
     rewards_BT: Tensor,
     values_BT: Tensor,

@@ -1,20 +1,25 @@
-"""Axis 5, the KL term to the frozen reference: which estimator, in which place, with which weight.
+"""Axis 5, the KL term to a reference: named by where it stands, and by the gradient that it has there.
 
-    B sequences   T tokens   d = ref - new
+    B sequences   T tokens   d = ref - new   r ratio   sg stop-gradient
 
-Every estimator is a pure function `f(logprobs_BT, ref_logprobs_BT, ratio_BT) -> kl_BT` in nats.
+A term is an estimator, a pure function `f(logprobs_BT, ref_logprobs_BT, ratio_BT) -> kl_BT` in nats, in one place: the
+loss, the reward of a sequence, or each token's reward. What counts is not its value but its *gradient*, in expectation:
 
-What counts is the *gradient* (d/dnew, in expectation over the new policy), not the value:
+| name             | value           | samples of the policy itself | samples of an older policy        |
+|------------------|-----------------|------------------------------|-----------------------------------|
+| k1_reward        | KL(pi || ref)   | reverse                      | reverse, by the surrogate's ratio |
+| k1_token_reward  | KL(pi || ref)   | reverse                      | reverse, by the surrogate's ratio |
+| k1_loss          | KL(pi || ref)   | none: noise around 0         | neither                           |
+| k2_loss          | biased          | reverse                      | neither                           |
+| k3_loss          | KL(pi || ref)   | forward (GRPO's choice)      | neither                           |
+| k3_plus_loss     | value of k3     | reverse                      | neither                           |
+| k2_is_loss       | biased          | reverse                      | reverse                           |
+| k3_is_loss       | KL(pi || ref)   | forward                      | forward                           |
+| k3_is_corrected  | KL(pi || ref)   | reverse                      | reverse                           |
 
-| estimator    | value          | gradient as a loss, on-policy                                  |
-|--------------|----------------|----------------------------------------------------------------|
-| k1           | KL(pi || ref)  | 0: noise only; in the *reward* it is the one that is right     |
-| k2           | biased         | that of KL(pi || ref), the reverse KL                          |
-| k3           | KL(pi || ref)  | that of KL(ref || pi), the forward KL (GRPO's choice)          |
-| k3_plus      | value of k3    | that of k2                                                     |
-| k3_corrected | r k3           | that of KL(pi || ref), also for samples of the old policy      |
-
-k1..k3: Schulman, "Approximating KL divergence" (2020); k3_corrected: RPG, arXiv 2505.17508, and DeepSeek-V3.2.
+reverse: of KL(pi || ref), which keeps the policy where the reference is; forward: of KL(ref || pi), which keeps it
+everywhere the reference is. k1..k3: Schulman, "Approximating KL divergence" (2020). Every cell is tested by exact
+enumeration.
 """
 
 from __future__ import annotations
@@ -25,8 +30,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lit_reason.errors import ConfigError, nearest
-from lit_reason.objectives.choices import check_value, resolve
+from lit_reason.objectives.choices import check_value
 from lit_reason.objectives.ratio import safe_exp
+
+Place = Literal["loss", "reward", "token_reward"]
 
 
 def k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, ratio_BT: Tensor) -> Tensor:
@@ -51,51 +58,96 @@ def k3_plus(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, ratio_BT: Tensor) -> T
     return pull_BT - pull_BT.detach() + k3(logprobs_BT, ref_logprobs_BT, ratio_BT).detach()
 
 
+def k2_is(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, ratio_BT: Tensor) -> Tensor:
+    """sg[r] k2. Trap: with the gradient through r as well it would be that of another divergence."""
+    return ratio_BT.detach() * k2(logprobs_BT, ref_logprobs_BT, ratio_BT)
+
+
+def k3_is(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, ratio_BT: Tensor) -> Tensor:
+    """sg[r] k3. Trap: one stop-gradient away from `k3_is_corrected`, and the opposite KL."""
+    return ratio_BT.detach() * k3(logprobs_BT, ref_logprobs_BT, ratio_BT)
+
+
 def k3_corrected(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, ratio_BT: Tensor) -> Tensor:
-    """r k3, with the gradient through r as well: d/dnew = r (new - ref). Trap: a detached r gives the forward KL."""
+    """r k3, with the gradient through r as well: d/dnew = r (new - ref) (RPG, arXiv 2505.17508; DeepSeek-V3.2).
+
+    Trap: a detached r gives the forward KL.
+    """
     return ratio_BT * k3(logprobs_BT, ref_logprobs_BT, ratio_BT)
 
 
-ESTIMATORS: dict[str, Callable[..., Tensor]] = {
-    "k1": k1,
-    "k2": k2,
-    "k3": k3,
-    "k3_plus": k3_plus,
-    "k3_corrected": k3_corrected,
+class Term(NamedTuple):
+    """An estimator in its place; `gradient` is what it pulls along with samples of the policy itself."""
+
+    estimator: Callable[[Tensor, Tensor, Tensor], Tensor]
+    place: Place
+    gradient: Literal["reverse", "forward", "none"]
+
+
+KL_TERMS: dict[str, Term] = {
+    "k1_reward": Term(k1, "reward", "reverse"),
+    "k1_token_reward": Term(k1, "token_reward", "reverse"),
+    "k1_loss": Term(k1, "loss", "none"),
+    "k2_loss": Term(k2, "loss", "reverse"),
+    "k3_loss": Term(k3, "loss", "forward"),
+    "k3_plus_loss": Term(k3_plus, "loss", "reverse"),
+    "k2_is_loss": Term(k2_is, "loss", "reverse"),
+    "k3_is_loss": Term(k3_is, "loss", "forward"),
+    "k3_is_corrected": Term(k3_corrected, "loss", "reverse"),
 }
 
 
 class KL(NamedTuple):
-    """The resolved axis. `weight` 0 means that no reference is needed."""
+    """The resolved axis.
 
-    estimator: Callable[..., Tensor]
-    place: Literal["loss", "reward", "token_reward"]
+    Args:
+        term: one of `KL_TERMS`.
+        weight: of the term at the run's start; 0 means that no reference is needed.
+        target: KL per token (nats) that an adaptive weight steers to; None keeps the weight.
+        rate: largest relative change of the weight per optimizer step is 0.2 times this.
+    """
+
+    term: Term
     weight: float
+    target: float | None = None
+    rate: float = 0.1
 
 
 def resolve_kl(spec: Mapping[str, Any] | None) -> KL:
-    """`{estimator, place, weight}` or None (no KL term) to functions.
+    """`{name, weight}`, with `target` and `rate` for an adaptive weight, or None (no KL term).
 
     Raises:
-        ConfigError: a wrong key or value, or an estimator other than k1 in the reward, where k2 and k3 have the
-            gradient of neither KL.
+        ConfigError: a wrong key, name or value, or a target for a weight of 0, which would stay 0.
     """
     if spec is None:
-        return KL(k3, "loss", 0.0)
+        return KL(KL_TERMS["k3_loss"], 0.0)
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"kl: got {spec!r}; valid: {{estimator, place, weight}} or null. Type algorithm.kl.weight=0")
+        raise ConfigError(f"kl: got {spec!r}; valid: {{name, weight}} or null. Type algorithm.kl.weight=0")
+    keys = ("name", "weight", "target", "rate")
     for key in spec:
-        if key not in KL._fields:
-            raise ConfigError(f"kl: got key {key!r}; {nearest(str(key), KL._fields)}. Type algorithm.kl.KEY=VALUE")
-    for key in KL._fields:
+        if key not in keys:
+            raise ConfigError(f"kl: got key {key!r}; {nearest(str(key), keys)}. Type algorithm.kl.KEY=VALUE")
+    for key in keys[:2]:
         if key not in spec:
             raise ConfigError(f"kl: {key!r} is missing, got {sorted(spec)}. Type +algorithm.kl.{key}=VALUE")
-    estimator = resolve("kl.estimator", spec["estimator"], ESTIMATORS)
-    check_value("kl.place", spec["place"], Literal["loss", "reward", "token_reward"])
+    name = spec["name"]
+    if name not in KL_TERMS:
+        raise ConfigError(f"kl.name: got {name!r}; {nearest(str(name), KL_TERMS)}. Type algorithm.kl.name=NAME")
     check_value("kl.weight", spec["weight"], float)
-    if spec["place"] != "loss" and spec["estimator"] != "k1":
+    check_value("kl.target", spec.get("target"), float | None)
+    check_value("kl.rate", spec.get("rate", 0.1), float)
+    kl = KL(KL_TERMS[name], **{key: spec[key] for key in keys[1:] if key in spec})
+    if kl.target is not None and not (kl.weight > 0 and kl.target > 0):
         raise ConfigError(
-            f"kl: got estimator {spec['estimator']!r} with place {spec['place']!r}; valid in the reward: k1 (the "
-            "others have the gradient of neither KL there). Type algorithm.kl.estimator=k1, or algorithm.kl.place=loss"
+            f"kl: got target {kl.target} with weight {kl.weight}; valid: both above 0, for the weight is multiplied. "
+            "Type algorithm.kl.weight=0.001"
         )
-    return KL(estimator, spec["place"], float(spec["weight"]))
+    return kl
+
+
+def adapted_weight(weight: float, kl: float, target: float, rate: float) -> float:
+    """The KL weight after a step that measured `kl` nats per token: weight (1 + rate clip(kl / target - 1, +-0.2)).
+
+    Ziegler et al., arXiv 1909.08593 section 2.2 (there rate 0.1, and the KL of a whole sequence).
+    """
+    return weight * (1 + rate * max(-0.2, min(0.2, kl / target - 1)))

@@ -43,12 +43,41 @@ def kl_metrics(new_logprobs_BT: Tensor, ref_logprobs_BT: Tensor, on_BT: Tensor) 
 
 @torch.no_grad()
 def mismatch_metrics(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, on_BT: Tensor) -> dict[str, Tensor]:
-    """`mismatch/kl`: KL(engine || trainer) in nats per token (k3 on the engine's own samples), over the tokens whose
-    engine log-prob is finite; 0 if there is none."""
+    """How far the engine's log-probs are from the trainer's, over the tokens whose engine log-prob is finite.
+
+    `mismatch/kl`: KL(engine || trainer) in nats per token (k3 on the engine's own samples); 0 if there is no token.
+    `mismatch/max`: the largest |old - rollout| (nats).
+    `mismatch/ess`: effective sample size (sum rho)^2 / (N sum rho^2) of the token ratios, 1 when engine and trainer
+    agree. (Over micro-batches the largest and the mean are taken.)
+    """
     on_BT = on_BT & rollout_logprobs_BT.isfinite()
+    gap_BT = (old_logprobs_BT - rollout_logprobs_BT).masked_fill(~on_BT, 0)
     return {
-        "mismatch/kl": masked_mean(k3(rollout_logprobs_BT, old_logprobs_BT, torch.ones_like(old_logprobs_BT)), on_BT)
+        "mismatch/kl": masked_mean(k3(torch.zeros_like(gap_BT), gap_BT, torch.ones_like(gap_BT)), on_BT),
+        "mismatch/max": gap_BT.abs().amax() if gap_BT.numel() else gap_BT.new_zeros(()),
+        "mismatch/ess": effective_sample_size(gap_BT, on_BT),
     }
+
+
+@torch.no_grad()
+def effective_sample_size(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
+    """(sum w)^2 / (N sum w^2) in 0..1 over `on_BT`; 1 if it is empty, or if no weight is left (all are exp(-inf))."""
+    log_N = log_weights_BT.masked_fill(~on_BT, -torch.inf)
+    highest = log_N.amax() if log_N.numel() else log_N.new_zeros(())
+    # Relative to the largest weight: its square must not overflow.
+    weights_N = (log_N - highest.clamp(min=torch.finfo(log_N.dtype).min)).exp()
+    total = weights_N.sum()
+    share = total.square() / (on_BT.sum() * weights_N.square().sum()).clamp(min=torch.finfo(log_N.dtype).tiny)
+    return torch.where(total > 0, share, torch.ones_like(share))
+
+
+@torch.no_grad()
+def critic_metrics(values_BT: Tensor, returns_BT: Tensor, loss_BT: Tensor, on_BT: Tensor) -> dict[str, Tensor]:
+    """`critic/loss`, and `critic/explained_variance` = 1 - Var(R - V) / Var(R): 1 if it is perfect, 0 if constant."""
+    left_BT = returns_BT - values_BT.detach()
+    left, whole = (masked_mean((x - masked_mean(x, on_BT)).square(), on_BT) for x in (left_BT, returns_BT))
+    explained = torch.where(whole > 0, 1 - left / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
+    return {"critic/loss": masked_mean(loss_BT, on_BT), "critic/explained_variance": explained}
 
 
 def masked_mean(values_BT: Tensor, on_BT: Tensor) -> Tensor:

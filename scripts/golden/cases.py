@@ -56,8 +56,13 @@ def gdpo(eps: float, batch_eps: float, batch_norm: str | None = "sequence") -> d
     return {"name": "gdpo", "eps": eps, "ddof": 1, "batch_norm": batch_norm, "batch_eps": batch_eps}
 
 
-def _only_kl(estimator: str) -> Case:
-    return Case("grpo", {"aggregation": "token_mean", "kl": {"estimator": estimator, "weight": 1.0}})
+def _only_kl(term: str) -> Case:
+    return Case("grpo", {"aggregation": "token_mean"} | _kl(term, 1.0))
+
+
+def _kl(term: str, weight: float = 0.0) -> dict[str, Any]:
+    """The whole axis; the weight that a case states wins."""
+    return {"kl": {"name": term, "weight": weight}}
 
 
 def _cispo(cap: float, floor: float | None = None) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _distill(aggregation: str, clip: Any) -> Case:
     """The sampler is the engine's policy; the teacher takes the reference's place."""
     changes = {
         "advantage": {"name": "distill", "discount": 0.0},
-        "kl": {"estimator": "k1", "place": "token_reward", "weight": 1.0},
+        **_kl("k1_token_reward", 1.0),
     }
     return Case("dapo", changes | {"aggregation": aggregation, "clip": clip}, {"old": "rollout", "ref": "teacher"})
 
@@ -110,10 +115,10 @@ CASES: dict[str, Case] = {
     "grpo_mis_geometric": Case("grpo"),
     "grpo": Case("grpo"),
     "grpo_no_kl": Case("grpo", NO_KL),
-    "grpo_kl_is_corrected": Case("grpo", {"kl": {"estimator": "k3_corrected"}}),
+    "grpo_kl_is_corrected": Case("grpo", _kl("k3_is_corrected", 0.04)),
     "grpo_population_std": Case("grpo", {"advantage": {"ddof": 0}}),
     "grpo_verl_default_dual_clip_token_mean": Case("grpo", {"aggregation": "token_mean"}),
-    "grpo_kl_in_reward_k1": Case("grpo", {"kl": {"estimator": "k1", "place": "reward"}}),
+    "grpo_kl_in_reward_k1": Case("grpo", _kl("k1_reward")),
     "grpo_multi_reward_sum_then_normalise": Case("dapo", {"advantage": {"eps": 1e-4}}),
     "on_policy_point": Case("grpo", NO_KL, {"new": "old"}),
     "dr_grpo": Case("dr_grpo"),
@@ -136,10 +141,10 @@ CASES: dict[str, Case] = {
     "cispo_verl_two_sided": Case("cispo", _cispo(1.2, floor=0.8)),
     "opd_tinker_importance_sampling": _distill("token_sum", "none"),
     "opd_token_mean_ppo_clip": _distill("token_mean", PPO_CLIP),
-    "kl_k1_as_loss": _only_kl("k1"),
-    "kl_k2_as_loss": _only_kl("k2"),
-    "kl_k3_as_loss": _only_kl("k3"),
-    "kl_k3_plus_straight_through_k2": _only_kl("k3_plus"),
+    "kl_k1_as_loss": _only_kl("k1_loss"),
+    "kl_k2_as_loss": _only_kl("k2_loss"),
+    "kl_k3_as_loss": _only_kl("k3_loss"),
+    "kl_k3_plus_straight_through_k2": _only_kl("k3_plus_loss"),
 }
 for _short, _divergence in RPG.items():
     CASES |= {

@@ -21,7 +21,7 @@ from lit_reason.objectives import (
     AGGREGATIONS,
     CLIPS,
     CORRECTIONS,
-    ESTIMATORS,
+    KL_TERMS,
     RATIOS,
     Objective,
     gae,
@@ -299,17 +299,17 @@ def check_kl(data: Data, inputs: Data) -> dict[str, Errors]:
 
     found: dict[str, Errors] = {}
     for name, case in data["on_policy"].items():
-        kl = ESTIMATORS[name](log_p, log_ref, torch.ones_like(p))
+        kl = KL_TERMS[f"{name}_loss"].estimator(log_p, log_ref, torch.ones_like(p))
         value = error((p * kl).sum().detach(), tensor(case["expected_value"]))
         in_reward = gradient((p * kl.detach() * log_p).sum(), data["in_reward"][name]["expected_gradient"])
         as_loss = gradient((p * kl).sum(), case["expected_gradient_as_loss"])
         found[name] = Errors(None, value, max(as_loss, in_reward))
-    plain, squared = ESTIMATORS["k3"](log_p, log_ref, ratio), ESTIMATORS["k2"](log_p, log_ref, ratio)
+    terms = {name: term.estimator(log_p, log_ref, ratio) for name, term in KL_TERMS.items()}
     sampled = {
-        "k3_plain (GRPO)": plain,
-        "r*k3 differentiable (V3.2 / RPG corrected)": ESTIMATORS["k3_corrected"](log_p, log_ref, ratio),
-        "sg(r)*k3": ratio.detach() * plain,
-        "sg(r)*k2": ratio.detach() * squared,
+        "k3_plain (GRPO)": terms["k3_loss"],
+        "r*k3 differentiable (V3.2 / RPG corrected)": terms["k3_is_corrected"],
+        "sg(r)*k3": terms["k3_is_loss"],
+        "sg(r)*k2": terms["k2_is_loss"],
     }
     cases = data["off_policy_samples_from_old"]
     off = max(gradient((old * sampled[key]).sum(), case["expected_gradient"]) for key, case in cases.items())

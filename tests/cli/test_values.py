@@ -33,7 +33,7 @@ def check(*overrides):
         ("algorithm.clip.name=ppp", "got 'ppp'; did you mean 'ppo'.*Type algorithm.clip.name=NAME"),
         ("algorithm.advantage.eps=-1", "advantage.eps: got -1.*valid: a finite number >= 0. Type algorithm.advantage"),
         ("algorithm.aggregation=mean", "got 'mean'; .*valid: .*token_mean.*Type algorithm.aggregation=NAME"),
-        ("algorithm.kl.place=los", "'los'.*'loss'"),
+        ("algorithm.kl.name=k3_los", "'k3_los'.*'k3_loss'"),
         ("rollout.sampling.temperature=0", "temperature=0: RL needs.*Type rollout.sampling.temperature=1.0"),
         ("rollout.sampling.temperature=-1", "rollout.sampling.temperature=-1: must be 0 .greedy. or above"),
         ("rollout.sampling.top_p=1.5", r"rollout.sampling.top_p=1.5: must be in \(0, 1\]"),

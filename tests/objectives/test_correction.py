@@ -73,7 +73,7 @@ def step(correction, kl_weight):
         *(one, 2 * one, one, 2 * one),
         ref_logprobs_BT=torch.tensor([[-1.3, -2.5]]),
     )
-    kl = {"estimator": "k2", "place": "loss", "weight": kl_weight}
+    kl = {"name": "k2_loss", "weight": kl_weight}
     output = Objective("group_mean", "token", "none", "token_mean", kl, correction=correction).loss(new_BT, batch)
     return output, torch.autograd.grad(output.loss, new_BT)[0][0].tolist()
 

@@ -37,15 +37,17 @@ def make_step(objective):
     ref_BT = base_BT + 0.3 * torch.randn(B, T, generator=g) + hidden_BT
     group_B = torch.arange(B) // G
     rewards_BR = torch.stack([torch.rand(B, generator=g), (torch.rand(B, generator=g) > 0.5).float()], 1)
-    advantages_BT = objective.advantages(
-        rewards_BR, torch.tensor([1.0, 0.5]), group_B, mask_BT, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT
+    value_D, divergence_D = (torch.randn(D, generator=g).requires_grad_() for _ in range(2))
+    values_BT = (features_BTD @ value_D).detach() + 0.3 * torch.randn(B, T, generator=g) + hidden_BT
+    assessed = objective.assess(
+        rewards_BR, torch.tensor([1.0, 0.5]), group_B, mask_BT, None, old_BT, ref_BT, values_BT, rewards_BR.flip(0)
     )
     ids_BT = torch.zeros(B, T, dtype=torch.long)
     batch = PolicyBatch(
         ids_BT,
         ids_BT,
         mask_BT,
-        advantages_BT,
+        assessed.advantages,
         rollout_logprobs_BT=old_BT,
         group_tokens_B=mask_BT.sum(1).view(-1, G).sum(1).repeat_interleave(G),
         sequences_total=torch.tensor(float(B)),
@@ -54,12 +56,21 @@ def make_step(objective):
         max_completion=torch.tensor(float(T)),
         old_logprobs_BT=old_BT,
         ref_logprobs_BT=ref_BT,
+        values_BT=values_BT,
+        returns_BT=assessed.returns_BT,
+        marked_BT=assessed.marked_BT,
     )
 
     def forward(rows):
-        return -1.5 + features_BTD[rows] @ weight_D + hidden_BT[rows], (features_BTD[rows] @ entropy_D).square()
+        """New log-probs, entropy, values, divergence to a teacher."""
+        x = features_BTD[rows]
+        hidden = hidden_BT[rows]
+        yield -1.5 + x @ weight_D + hidden
+        yield (x @ entropy_D).square()
+        yield x @ value_D + hidden
+        yield (x @ divergence_D).square() + hidden
 
-    return batch, forward, (weight_D, entropy_D)
+    return batch, forward, (weight_D, entropy_D, value_D, divergence_D)
 
 
 def rows_of(batch, rows):
@@ -74,8 +85,8 @@ def gradient(objective, batch, forward, parameters, pieces, local_totals=False):
         part = rows_of(batch, rows)
         if local_totals:
             part = replace(part, tokens_total=part.mask_BT.sum() * pieces)
-        new_BT, entropy_BT = forward(rows)
-        loss = objective.loss(new_BT, part, entropy_BT).loss
+        new_BT, *others = forward(rows)
+        loss = objective.loss(new_BT, part, *others).loss
         assert loss.isfinite()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         total += torch.cat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])

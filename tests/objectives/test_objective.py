@@ -18,9 +18,9 @@ AXES = {
     "ratio": "token",
     "clip": {"name": "ppo", "low": 0.2, "high": 0.28, "dual": None},
     "aggregation": "token_mean",
-    "kl": {"estimator": "k3", "place": "loss", "weight": 0.0},
+    "kl": {"name": "k3_loss", "weight": 0.0},
 }
-K1_REWARD = {"estimator": "k1", "place": "reward", "weight": 0.1}
+K1_REWARD = {"name": "k1_reward", "weight": 0.1}
 
 
 def objective(**changes):
@@ -53,7 +53,8 @@ def load(name):
 @pytest.mark.parametrize("name", [path.stem for path in sorted(ALGORITHMS.glob("*.yaml"))])
 def test_yaml_loads_and_names_every_axis(name):
     built, config = load(name)
-    assert set(config) == {"advantage", "ratio", "clip", "aggregation", "kl", "entropy_coef"}
+    axes = {"advantage", "ratio", "clip", "aggregation", "kl", "entropy_coef"}
+    assert set(config) - {"critic", "distillation"} == axes
     assert built.needs_ref == (config.kl.weight > 0)
     assert not built.needs_entropy
 
@@ -61,7 +62,7 @@ def test_yaml_loads_and_names_every_axis(name):
 def test_published_constants():
     """2402.03300 (beta 0.04), 2503.14476 (clip-higher 0.28, token mean), 2503.20783 (L_max), 2601.05242."""
     grpo, dr_grpo, dapo, gdpo = (load(name)[1] for name in ("grpo", "dr_grpo", "dapo", "gdpo"))
-    assert (grpo.kl.estimator, grpo.kl.weight, grpo.aggregation) == ("k3", 0.04, "seq_mean_token_mean")
+    assert (grpo.kl.name, grpo.kl.weight, grpo.aggregation) == ("k3_loss", 0.04, "seq_mean_token_mean")
     assert (dr_grpo.advantage.name, dr_grpo.aggregation, dr_grpo.kl.weight) == ("group_mean", "token_sum_norm", 0.0)
     assert (dapo.clip.low, dapo.clip.high, dapo.clip.dual, dapo.aggregation) == (0.2, 0.28, None, "token_mean")
     assert (gdpo.advantage.name, gdpo.advantage.batch_norm, gdpo.clip.high) == ("gdpo", "sequence", 0.28)
@@ -85,11 +86,11 @@ def test_published_constants():
         ({"clip": AXES["clip"] | {"low": -0.1}}, r"clip.low: got -0.1"),
         ({"clip": AXES["clip"] | {"low": math.nan}}, r"clip.low: got nan"),
         ({"advantage": AXES["advantage"] | {"ddof": 1.5}}, r"advantage.ddof: got 1.5 .*a whole number"),
-        ({"kl": {"estimator": "k4", "place": "loss", "weight": 0.1}}, r"kl.estimator: got 'k4'; did you mean"),
-        ({"kl": {"estimator": "k3", "place": "los", "weight": 0.1}}, r"kl.place: got 'los'.*'loss' or 'reward'"),
-        ({"kl": {"estimator": "k3", "place": "loss"}}, r"'weight' is missing"),
-        ({"kl": {"estimator": "k3", "place": "loss", "beta": 0.1}}, r"kl: got key 'beta'"),
-        ({"kl": K1_REWARD | {"estimator": "k3"}}, r"valid in the reward: k1"),
+        ({"kl": {"name": "k3_los", "weight": 0.1}}, r"kl.name: got 'k3_los'; did you mean 'k3_loss'"),
+        ({"kl": {"name": "k3_loss"}}, r"'weight' is missing"),
+        ({"kl": {"name": "k3_loss", "weight": 0.1, "beta": 0.1}}, r"kl: got key 'beta'"),
+        ({"kl": {"name": "k3_loss", "weight": 0.0, "target": 0.1}}, r"target 0.1 with weight 0.0; valid: both above 0"),
+        ({"entropy_target": 0.2, "entropy_step": 0.0}, r"entropy_target: got 0.2 with entropy_step 0.0"),
         ({"entropy_coef": -1}, r"entropy_coef: got -1"),
     ],
 )
@@ -192,7 +193,7 @@ def test_metrics_by_hand():
     assert output.tokens == 5
     assert all(value.dim() == 0 and not value.requires_grad for value in output.metrics.values())
     ratio_names = {"ratio/clip_low", "ratio/clip_high", "ratio/q01", "ratio/q99"}
-    assert set(got) == ratio_names | {"kl/k1", "kl/k3", "mismatch/kl"}
+    assert set(got) == ratio_names | {"kl/k1", "kl/k3", "mismatch/kl", "mismatch/max", "mismatch/ess"}
     assert (got["ratio/clip_low"], got["ratio/clip_high"]) == pytest.approx((0.2, 0.2))
     assert (got["ratio/q01"], got["ratio/q99"]) == pytest.approx((0.5, 1.5))
     difference = [-0.2 - math.log(r) for r in (0.5, 1.0, 1.5, 0.5, 1.5)]  # ref - new
@@ -200,6 +201,9 @@ def test_metrics_by_hand():
     assert got["kl/k3"] == pytest.approx(sum(math.exp(d) - d - 1 for d in difference) / 5, abs=1e-6)
     gaps = [0.5, 0.0, -0.1]  # old - rollout, the NaN left out
     assert got["mismatch/kl"] == pytest.approx(sum(math.exp(d) - d - 1 for d in gaps) / 3, abs=1e-6)
+    assert got["mismatch/max"] == pytest.approx(0.5)
+    weights = [math.exp(d) for d in gaps]
+    assert got["mismatch/ess"] == pytest.approx(sum(weights) ** 2 / 3 / sum(w * w for w in weights), abs=1e-6)
 
 
 def test_micro_batch_without_tokens():

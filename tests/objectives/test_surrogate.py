@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError
-from lit_reason.objectives import AGGREGATIONS, CLIPS, ESTIMATORS, RATIOS, Objective
+from lit_reason.objectives import AGGREGATIONS, CLIPS, KL_TERMS, RATIOS, Objective
 from lit_reason.types import PolicyBatch
 
 # The reference's names of aggregations.
@@ -114,7 +114,7 @@ def test_kl_gradients_on_policy(golden, name):
     data = golden("kl_entropy_gkd.json")
     theta = torch.tensor(data["theta"], dtype=torch.float64, requires_grad=True)
     log_p, log_ref = (t.log_softmax(0) for t in (theta, torch.tensor(data["theta_ref"], dtype=torch.float64)))
-    kl = ESTIMATORS[name](log_p, log_ref, torch.ones(5))
+    kl = KL_TERMS[f"{name}_loss"].estimator(log_p, log_ref, torch.ones(5))
     expected = data["on_policy"][name]
     assert (log_p.exp() * kl).sum().item() == pytest.approx(expected["expected_value"], abs=1e-12)
     (grad,) = torch.autograd.grad((log_p.exp().detach() * kl).sum(), theta)
@@ -126,7 +126,7 @@ def test_corrected_k3_gives_the_reverse_kl_off_policy(golden):
     theta = torch.tensor(data["theta"], dtype=torch.float64, requires_grad=True)
     log_p = theta.log_softmax(0)
     log_ref, log_old = (torch.tensor(data[k], dtype=torch.float64).log_softmax(0) for k in ("theta_ref", "theta_old"))
-    kl = ESTIMATORS["k3_corrected"](log_p, log_ref, (log_p - log_old).exp())
+    kl = KL_TERMS["k3_is_corrected"].estimator(log_p, log_ref, (log_p - log_old).exp())
     (grad,) = torch.autograd.grad((log_old.exp() * kl).sum(), theta)
     assert grad.tolist() == pytest.approx(data["on_policy"]["k2"]["expected_gradient_as_loss"], abs=1e-12)
 
@@ -138,7 +138,7 @@ def test_a_ratio_that_overflows_gives_no_nan(ratio, advantage):
     new = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     old = torch.tensor([[-401.0, -2.0]])
     batch = make_batch(torch.ones(1, 2), torch.full((1, 2), advantage), old_logprobs_BT=old, ref_logprobs_BT=-old)
-    output = objective(ratio=ratio, kl={"estimator": "k3", "place": "loss", "weight": 0.1}).loss(new, batch)
+    output = objective(ratio=ratio, kl={"name": "k3_loss", "weight": 0.1}).loss(new, batch)
     (grad,) = torch.autograd.grad(output.loss, new)
     assert output.loss.isfinite()
     assert grad.isfinite().all()
