@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,11 +109,26 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The G completions of one prompt, with their scores (G rows)."""
+    """The G completions of one prompt, with their scores (G rows), and the rewards of its greedy completion, if any."""
 
     prompt: Prompt
     completions: Sequence[Completion]
     scores: Scores
+    greedy_R: Tensor | None = None
+
+
+class Assessed(NamedTuple):
+    """What an objective says of each token before the update.
+
+    Args:
+        advantages: (B, T); of a single choice of the advantage axis also (B,), for all tokens of a sequence.
+        returns_BT: what the critic should have said; None without a critic.
+        marked_BT: bool, tokens that a surrogate treats in another way (`kl_cov`); None where none does.
+    """
+
+    advantages: Tensor
+    returns_BT: Tensor | None = None
+    marked_BT: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from lit_reason.callbacks.completions import CompletionsTable
 from lit_reason.callbacks.coord_check import MuPCoordCheck
 from lit_reason.callbacks.expert_load import ExpertLoad
 from lit_reason.callbacks.lr_per_role import RoleLRMonitor
+from lit_reason.callbacks.mismatch_guard import MismatchGuard
 from lit_reason.callbacks.nan_guard import NonFiniteGuard
 from lit_reason.callbacks.progress import PlainProgress, RolloutProgress, progress_bar
 from lit_reason.callbacks.qk_clip import QKClip
@@ -12,6 +13,7 @@ from lit_reason.callbacks.report import Report
 __all__ = [
     "CompletionsTable",
     "ExpertLoad",
+    "MismatchGuard",
     "MuPCoordCheck",
     "NonFiniteGuard",
     "PlainProgress",

@@ -1,11 +1,15 @@
 """The training dataloader of reinforcement learning: each round generates, scores, and deals out micro-batches.
 
-    __next__ --buffer empty?--> push(weights) -> generate P x G completions -> score -> old/ref log-probs
-         |                      -> advantages -> epochs x minibatches x micro-batches -> buffer
+    __next__ --buffer empty?--> push(weights) -> generate P x G completions -> score (-> again, for silent groups)
+         |                      -> old/ref log-probs, values -> advantages
+         |                      -> epochs x minibatches x micro-batches -> buffer
          +--yield one PolicyBatch-->  Lightning's training_step, accumulation, optimizer step
 
 It has a `__len__`: without one Lightning fetches a batch ahead, and every rollout would be one step stale.
 Round r is generated when its first batch is asked for, which is after the last optimizer step of round r-1.
+
+Several processes generate and score a share of the prompts each, then all know the whole round: statistics,
+denominators and the cut into batches do not depend on their number.
 """
 
 from __future__ import annotations
@@ -13,86 +17,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_reason.errors import ConfigError, RolloutError
+from lit_reason.errors import CheckpointError, ConfigError, RolloutError
 from lit_reason.loop.batching import collate, minibatches, split, take
-from lit_reason.types import Completion, PolicyBatch, Prompt, RolloutGroup, Scores
-
-
-@dataclass(frozen=True)
-class RoundShape:
-    """How a round is cut.
-
-    Args:
-        rounds: how many rounds the run has.
-        prompts_per_round, group_size: P and G; a round has B = P * G completions.
-        epochs: passes over a round's completions.
-        minibatches: optimizer steps per pass.
-        micro_batches: backward passes per optimizer step; must equal the Trainer's `accumulate_grad_batches`.
-    """
-
-    rounds: int = 100
-    prompts_per_round: int = 32
-    group_size: int = 8
-    epochs: int = 1
-    minibatches: int = 1
-    micro_batches: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"rollout.shape.{name}={value}: must be at least 1")
-        if self.prompts_per_round % self.minibatches:
-            raise ConfigError(
-                f"rollout.shape.prompts_per_round={self.prompts_per_round} is not divisible by "
-                f"rollout.shape.minibatches={self.minibatches}: whole groups are dealt to optimizer steps"
-            )
-        rows = self.prompts_per_round // self.minibatches * self.group_size
-        if rows % self.micro_batches:
-            raise ConfigError(
-                f"{rows} sequences per optimizer step (prompts_per_round * group_size / minibatches) are not divisible "
-                f"by micro_batches={self.micro_batches}; valid: a divisor of {rows}"
-            )
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps per round."""
-        return self.epochs * self.minibatches
-
-    @property
-    def batches(self) -> int:
-        """Micro-batches per round."""
-        return self.updates * self.micro_batches
-
-
-@dataclass(frozen=True)
-class Stages:
-    """What a round calls, in this order. Each is a plain callable, so that the loop knows no engine and no model.
-
-    `old_logprobs` may be None when a round has a single update: the new log-probs, detached, are the old ones.
-    """
-
-    push: Callable[[int], None]
-    generate: Callable[[Sequence[Prompt], Sequence[int], Sequence[int]], list[Completion]]
-    score: Callable[[Sequence[Prompt], Sequence[Completion]], Scores]
-    advantages: Callable[..., Tensor]
-    old_logprobs: Callable[[PolicyBatch], Tensor] | None = None
-    ref_logprobs: Callable[[PolicyBatch], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a finished rollout tells its listeners: the groups, their advantages and the time each part took."""
-
-    index: int
-    groups: Sequence[RolloutGroup]
-    advantages_B: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+from lit_reason.loop.groups import cut, greedy_rewards, join
+from lit_reason.loop.metrics import Clock, round_metrics
+from lit_reason.loop.ranks import gather, rank_and_size, share
+from lit_reason.loop.shape import Round, RoundShape, Stages
+from lit_reason.types import PolicyBatch, Prompt, RolloutGroup
 
 
 class RolloutLoop:
@@ -101,7 +38,7 @@ class RolloutLoop:
     Args:
         prompts: a cursor with `next(n)`, `state_dict()` and `load_state_dict()` (`lit_reason.data.PromptCursor`).
         stages: what a round calls.
-        shape: how a round is cut.
+        shape: how a round is made and cut.
         request_seed: (run seed, round, prompt id, sample index) -> the request's seed.
         max_completion: the generation limit in tokens, for objectives that divide by it.
         pad_id: fills the end of shorter sequences.
@@ -128,8 +65,10 @@ class RolloutLoop:
                 f"{shape.updates} updates per round need Stages.old_logprobs, got None: "
                 "type policy.stages(..., updates=shape.updates)"
             )
+        if stages.informative is None and shape.refills:
+            raise ConfigError("rollout.shape.refills needs Stages.informative, got None: take policy.stages(...)")
         self._round = 0
-        self._buffer: list[PolicyBatch] = []
+        self._buffer: list[list[PolicyBatch]] = []  # for every micro-batch to come, that of each process
         self._training_since: float | None = None
         self._training_tokens = 0
 
@@ -146,154 +85,152 @@ class RolloutLoop:
                 raise StopIteration
             self._buffer = self._run_round()
             self._round += 1
-        return self._buffer.pop(0)
+        return self._buffer.pop(0)[rank_and_size()[0]]
 
-    def _run_round(self) -> list[PolicyBatch]:
-        clock = _Clock(self._training_since, self._training_tokens)
-        P, G = self.shape.prompts_per_round, self.shape.group_size
-        distinct = self.prompts.next(P)
-        prompts = [prompt for prompt in distinct for _ in range(G)]
-        samples = list(range(G)) * P
-        seeds = self._seeds(distinct)
-
+    def _run_round(self) -> list[list[PolicyBatch]]:
+        clock = Clock(self._training_since, self._training_tokens)
         self.stages.push(self._round)
         clock.lap("sync")
-        completions = self.stages.generate(prompts, seeds, samples)
-        clock.lap("generate")
-        scores = self.stages.score(prompts, completions)
-        clock.lap("score")
-
-        batch = collate(prompts, completions, self.max_completion, self.pad_id)
-        if not torch.isfinite(batch.rollout_logprobs_BT).all():
-            raise RolloutError(f"round {self._round}: the engine returned non-finite log-probs; the policy is damaged")
-        batch.mask_BT = batch.mask_BT * scores.valid_B[:, None]
-        if self.stages.old_logprobs is not None:
-            batch.old_logprobs_BT = self._in_micro_batches(self.stages.old_logprobs, batch)
-        if self.stages.ref_logprobs is not None:
-            batch.ref_logprobs_BT = self._in_micro_batches(self.stages.ref_logprobs, batch)
-        group_B = torch.arange(P).repeat_interleave(G)
-        batch.advantages_BT = self.stages.advantages(
-            scores.values_BR,
-            scores.weights_R,
-            group_B,
-            batch.mask_BT,
-            valid_B=scores.valid_B,
-            old_logprobs_BT=batch.old_logprobs_BT,
-            ref_logprobs_BT=batch.ref_logprobs_BT,
-        )
+        groups, silent, refills = self._collect(clock)
+        batch = self._prepare(groups, silent)
         clock.lap("prepare")
-        self._announce(distinct, completions, scores, batch, clock)
-        batches = [
-            micro
-            for epoch in range(self.shape.epochs)
-            for rows in minibatches(P, G, self.shape.minibatches, seed=self._shuffle_seed(epoch))
-            for micro in split(batch, rows, group_B, self.shape.micro_batches)
-        ]
+        self._announce(groups, batch, {"rollout/refills": refills} if self.shape.refills else {}, clock)
         self._training_since = time.perf_counter() - clock.laps["prepare"]  # its forwards are for training
-        self._training_tokens = self.shape.epochs * sum(len(c.token_ids) for c in completions)
-        return batches
+        self._training_tokens = self.shape.epochs * sum(len(c.token_ids) for g in groups for c in g.completions)
+        return self._deal(batch)
 
-    def _seeds(self, prompts: Sequence[Prompt]) -> list[int]:
-        """G seeds a prompt. A prompt that is dealt twice, around the end of an epoch, goes on counting its samples:
-        equal seeds would give equal completions."""
-        G, dealt, seeds = self.shape.group_size, Counter[str](), []
+    def _collect(self, clock: Clock) -> tuple[list[RolloutGroup], int, int]:
+        """P groups, how many at their end carry no signal (known with `refills` alone), and the generations added."""
+        P, kept, silent, dealt = self.shape.prompts_per_round, [], [], Counter[str]()
+        for refill in range(1 + self.shape.refills):
+            groups = self._rollout(self.prompts.next(P - len(kept)), dealt, clock)
+            if not self.shape.refills:
+                return groups, 0, 0
+            speaks = self._speaks(groups)
+            kept += [group for group, signal in zip(groups, speaks, strict=True) if signal]
+            silent += [group for group, signal in zip(groups, speaks, strict=True) if not signal]
+            if len(kept) == P or refill == self.shape.refills:
+                missing = P - len(kept)
+                return kept + silent[:missing], missing, refill
+        raise AssertionError("the last refill returns")
+
+    def _rollout(self, prompts: Sequence[Prompt], dealt: Counter[str], clock: Clock) -> list[RolloutGroup]:
+        """One scored group per prompt. Every process makes its share of them and gets all."""
+        G, groups = self.shape.group_size, []
+        seeds = self._seeds(prompts, dealt)
+        if mine := share(list(range(len(prompts)))):
+            own = [prompts[i] for i in mine]
+            repeated = [prompt for prompt in own for _ in range(G)]
+            completions = self.stages.generate(repeated, [s for i in mine for s in seeds[i]], list(range(G)) * len(own))
+            greedy = self.stages.greedy(own) if self.stages.greedy is not None else None
+            clock.lap("generate")
+            groups = cut(own, completions, self.stages.score(repeated, completions))
+            if greedy is not None:
+                rewards_PR = self.stages.score(own, greedy).values_BR
+                groups = [replace(group, greedy_R=row) for group, row in zip(groups, rewards_PR, strict=True)]
+        groups = gather(groups)
+        clock.lap("score")
+        return groups
+
+    def _seeds(self, prompts: Sequence[Prompt], dealt: Counter[str]) -> list[list[int]]:
+        """G seeds a prompt. A prompt that is dealt twice in a round, around the end of an epoch, goes on counting its
+        samples: equal seeds would give equal completions."""
+        G, seeds = self.shape.group_size, []
         for prompt in prompts:
             first = dealt[prompt.id]
-            seeds += [self.request_seed(self.seed, self._round, prompt.id, first + i) for i in range(G)]
+            seeds.append([self.request_seed(self.seed, self._round, prompt.id, first + i) for i in range(G)])
             dealt[prompt.id] += G
         return seeds
 
-    def _shuffle_seed(self, epoch: int) -> int:
-        return self.request_seed(self.seed, self._round, "shuffle", epoch)
+    def _speaks(self, groups: Sequence[RolloutGroup]) -> list[bool]:
+        """Whether each group carries a signal."""
+        assert self.stages.informative is not None
+        scores, G = join(groups), self.shape.group_size
+        group_B = torch.arange(len(groups)).repeat_interleave(G)
+        speaks_B = self.stages.informative(scores.values_BR, scores.weights_R, group_B, scores.valid_B)
+        return speaks_B.view(-1, G).any(1).tolist()
 
-    def _in_micro_batches(self, logprobs: Callable[[PolicyBatch], Tensor], batch: PolicyBatch) -> Tensor:
+    def _prepare(self, groups: Sequence[RolloutGroup], silent: int) -> PolicyBatch:
+        """The round as one batch with everything that training reads; `silent` groups at its end are masked."""
+        scores, greedy_BR = join(groups), greedy_rewards(groups)
+        completions = [completion for group in groups for completion in group.completions]
+        prompts = [group.prompt for group in groups for _ in group.completions]
+        batch = collate(prompts, completions, self.max_completion, self.pad_id)
+        if not torch.isfinite(batch.rollout_logprobs_BT).all():
+            raise RolloutError(f"round {self._round}: the engine returned non-finite log-probs; the policy is damaged")
+        valid_B = scores.valid_B if greedy_BR is None else scores.valid_B & greedy_BR.isfinite().all(1)
+        counts_B = valid_B.clone()
+        counts_B[len(counts_B) - silent * self.shape.group_size :] = False
+        if self.shape.mask_truncated:
+            counts_B &= torch.tensor([completion.finish_reason != "length" for completion in completions])
+        batch.mask_BT = batch.mask_BT * counts_B[:, None]
+        batch.old_logprobs_BT = self._in_micro_batches(self.stages.old_logprobs, batch)
+        batch.ref_logprobs_BT = self._in_micro_batches(self.stages.ref_logprobs, batch)
+        batch.values_BT = self._in_micro_batches(self.stages.values, batch)
+        if self.stages.mismatch is not None and batch.old_logprobs_BT is not None:
+            batch.mismatch_kl = self.stages.mismatch(batch)
+        batch.advantages_BT, batch.returns_BT, batch.marked_BT = self.stages.assess(
+            scores.values_BR,
+            scores.weights_R,
+            torch.arange(len(groups)).repeat_interleave(self.shape.group_size),
+            batch.mask_BT,
+            valid_B=valid_B,
+            old_logprobs_BT=batch.old_logprobs_BT,
+            ref_logprobs_BT=batch.ref_logprobs_BT,
+            values_BT=batch.values_BT,
+            greedy_BR=greedy_BR,
+        )
+        return batch
+
+    def _in_micro_batches(self, forward: Callable[[PolicyBatch], Tensor] | None, batch: PolicyBatch) -> Tensor | None:
         """Runs a forward over the round in the training's micro-batch size, so that it needs no more memory."""
-        size = len(batch) // (self.shape.minibatches * self.shape.micro_batches)
-        return torch.cat([logprobs(take(batch, rows)) for rows in torch.arange(len(batch)).split(size)])
+        if forward is None:
+            return None
+        size = max(1, len(batch) // (self.shape.minibatches * self.shape.micro_batches * rank_and_size()[1]))
+        return torch.cat(gather([forward(take(batch, rows)) for rows in share(torch.arange(len(batch)).split(size))]))
+
+    def _deal(self, batch: PolicyBatch) -> list[list[PolicyBatch]]:
+        """The micro-batches of every optimizer step, for each process one."""
+        P, G, size = self.shape.prompts_per_round, self.shape.group_size, rank_and_size()[1]
+        self.shape.check_ranks(size)
+        group_B = torch.arange(P).repeat_interleave(G)
+        dealt = []
+        for epoch in range(self.shape.epochs):
+            seed = self.request_seed(self.seed, self._round, "shuffle", epoch)
+            for rows in minibatches(P, G, self.shape.minibatches, seed=seed):
+                parts = split(batch, rows, group_B, self.shape.micro_batches * size)
+                dealt += [parts[start : start + size] for start in range(0, len(parts), size)]
+        return dealt
 
     def _announce(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
-        scores: Scores,
-        batch: PolicyBatch,
-        clock: _Clock,
+        self, groups: Sequence[RolloutGroup], batch: PolicyBatch, more: dict[str, float], clock: Clock
     ) -> None:
         if self.on_round is None:
             return
-        G = self.shape.group_size
+        completions = [completion for group in groups for completion in group.completions]
         advantages_B = (batch.advantages_BT * batch.mask_BT).sum(1) / batch.mask_BT.sum(1).clamp_min(1)
-        groups = []
-        for g, prompt in enumerate(prompts):
-            rows = slice(g * G, (g + 1) * G)
-            messages = {(b - g * G, n): m for (b, n), m in scores.messages.items() if rows.start <= b < rows.stop}
-            part = replace(
-                scores, values_BR=scores.values_BR[rows], states_BR=scores.states_BR[rows], messages=messages
-            )
-            groups.append(RolloutGroup(prompt, completions[rows], part))
-        metrics = round_metrics(completions, scores, advantages_B, G) | clock.rates(completions)
-        self.on_round(Round(self._round, groups, advantages_B, metrics))
+        metrics = round_metrics(completions, join(groups), advantages_B, self.shape.group_size)
+        self.on_round(Round(self._round, groups, advantages_B, metrics | more | clock.rates(completions)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Integers, the cursor's integers, and the tensors of the micro-batches not yet consumed."""
+        """Integers, the cursor's integers, and the tensors of the micro-batches not yet consumed, of all processes."""
         fields = PolicyBatch.__dataclass_fields__
         return {
             "round": self._round,
             "prompts": self.prompts.state_dict(),
-            "buffer": [{n: v for n in fields if (v := getattr(b, n)) is not None} for b in self._buffer],
+            "buffer": [
+                [{n: v for n in fields if (v := getattr(batch, n)) is not None} for batch in parts]
+                for parts in self._buffer
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._round = state["round"]
+        buffer = [[PolicyBatch(**values) for values in parts] for parts in state["buffer"]]
+        size = rank_and_size()[1]
+        if buffer and len(buffer[0]) != size:
+            raise CheckpointError(
+                f"the checkpoint lies inside a round that was cut for {len(buffer[0])} processes, this run has {size}: "
+                f"type trainer.devices={len(buffer[0])}, or resume from a checkpoint between two rounds"
+            )
+        self._round, self._buffer = state["round"], buffer
         self.prompts.load_state_dict(state["prompts"])
-        self._buffer = [PolicyBatch(**values) for values in state["buffer"]]
-
-
-def round_metrics(completions: Sequence[Completion], scores: Scores, advantages_B: Tensor, G: int) -> dict[str, float]:
-    """Rewards per column, groups without a signal, lengths; over the rows that every verifier could judge."""
-    valid = scores.valid_B
-    values_BR = scores.values_BR[valid]
-    metrics: dict[str, float] = {}
-    for r, name in enumerate(scores.names):
-        column = values_BR[:, r]
-        metrics[f"reward/{name}/mean"] = column.mean().item()
-        metrics[f"reward/{name}/std"] = column.std(correction=0).item()
-    silent_P = (advantages_B.unflatten(0, (-1, G)).abs() < 1e-6).all(1)  # batch norms leave rounding
-    metrics["reward/zero_std_fraction"] = silent_P.float().mean().item()
-    metrics["reward/faults"] = float((~valid).sum())
-    metrics["advantage/std"] = advantages_B[valid].std(correction=0).item()
-    lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float32)
-    metrics["completion/length"] = lengths.mean().item()
-    metrics["completion/truncated"] = sum(c.finish_reason == "length" for c in completions) / len(completions)
-    return metrics
-
-
-class _Clock:
-    """Wall time of a round's parts. Training is that of the round before: it ends when this one begins.
-
-    Args:
-        training_since: when the round before began to train (s), None in a process's first round.
-        training_tokens: completion tokens that it trained on, over all its epochs.
-    """
-
-    def __init__(self, training_since: float | None, training_tokens: int) -> None:
-        self.last = time.perf_counter()
-        self.train = self.last - training_since if training_since is not None else None
-        self.training_tokens = training_tokens
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    def rates(self, completions: Sequence[Completion]) -> dict[str, float]:
-        tokens = sum(len(c.token_ids) for c in completions)
-        rates = {
-            "speed/generate_tokens_per_s": tokens / self.laps["generate"],
-            "speed/score_per_s": len(completions) / max(self.laps["score"], 1e-9),
-            "speed/sync_s": self.laps["sync"],
-        }
-        if self.train:
-            rates["speed/train_tokens_per_s"] = self.training_tokens / self.train
-        return rates

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_reason.errors import NonFiniteError
 from lit_reason.models import Transformer
+from lit_reason.models.moe import Router
 from lit_reason.optim import OptimizerRecipe
 
 
@@ -32,18 +34,22 @@ class LanguageModule(L.LightningModule):
         self._meter = Meter()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        optimizer, scheduler = self.optimizer_recipe.build(self.model, total_steps(self.trainer))
+        optimizer, scheduler = self.optimizer_recipe.build(self.trained(), total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained(self) -> nn.Module:
+        """What the optimizer trains."""
+        return self.model
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        for router in self.model.routers():
+        for router in (module for module in self.modules() if isinstance(module, Router)):
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(router.load_E)
             router.update_bias(self.router_bias_rate)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained().parameters() if p.grad is not None]
         self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))  # before clipping
 
     def log_step(
@@ -52,16 +58,24 @@ class LanguageModule(L.LightningModule):
         means: Mapping[str, Tensor | float],
         weight: Tensor | float = 1.0,
         sums: Mapping[str, Tensor | float] | None = None,
-    ) -> bool:
-        """Logs once per optimizer step: `means` averaged by `weight` over its micro-batches, `sums` added up.
+    ) -> dict[str, float] | None:
+        """Logs once per optimizer step: `means` averaged by `weight` over its micro-batches and processes, `sums` added
+        up; of a name that ends in `/max` the largest.
 
-        Lightning alone would keep the last micro-batch's values. Returns whether this was the last micro-batch.
+        Lightning alone would keep the last micro-batch's values. Returns what was logged, None before the last
+        micro-batch.
         """
         self._meter.add(means, sums or {}, float(weight))
-        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if last:
-            self.log_dict(self._meter.take(), on_step=True, on_epoch=False, batch_size=1)
-        return last
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return None
+        measured = self._meter.take(self._reduce)
+        self.log_dict(measured, on_step=True, on_epoch=False, batch_size=1)
+        return measured
+
+    def _reduce(self, values: list[float], how: str) -> list[float]:
+        """Over all processes: "sum" or "max" of each."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op=how).tolist()  # type: ignore[union-attr]
 
     def check_finite(self, loss: Tensor) -> None:
         """Raises NonFiniteError before the loss can reach a gradient."""
@@ -82,23 +96,34 @@ def total_steps(trainer: L.Trainer) -> int:
 
 
 class Meter:
-    """Weighted means and plain sums of metrics between two optimizer steps."""
+    """Weighted means, plain sums and maxima (`.../max`) of metrics between two optimizer steps."""
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
         self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
         self._weight = 0.0
 
     def add(self, means: Mapping[str, Tensor | float], sums: Mapping[str, Tensor | float], weight: float) -> None:
         self._weight += weight
         for name, value in means.items():
-            # A micro-batch without tokens has no mean (NaN) and no weight.
-            self._totals[name] = self._totals.get(name, 0.0) + (float(value) * weight if weight else 0.0)
+            if name.endswith("/max"):
+                self._maxima[name] = max(self._maxima.get(name, -math.inf), float(value))
+            else:  # a micro-batch without tokens has no mean (NaN) and no weight
+                self._totals[name] = self._totals.get(name, 0.0) + (float(value) * weight if weight else 0.0)
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def take(self) -> dict[str, float]:
-        """What was gathered; the meter starts anew."""
-        gathered = {name: total / max(self._weight, 1e-12) for name, total in self._totals.items()} | self._sums
+    def take(self, reduce: Callable[[list[float], str], list[float]] = lambda values, how: values) -> dict[str, float]:
+        """What was gathered; the meter starts anew.
+
+        Args:
+            reduce: (values, "sum" or "max") -> the same over all processes, which have the same names.
+        """
+        weight, *added = reduce([self._weight, *self._totals.values(), *self._sums.values()], "sum")
+        largest = reduce(list(self._maxima.values()), "max") if self._maxima else []
+        means = {name: total / max(weight, 1e-12) for name, total in zip(self._totals, added, strict=False)}
+        sums = dict(zip(self._sums, added[len(means) :], strict=True))
+        gathered = means | sums | dict(zip(self._maxima, largest, strict=True))
         self.__init__()
         return gathered

@@ -20,7 +20,7 @@ from lit_reason.objectives.aggregation import AGGREGATIONS
 from lit_reason.objectives.checks import check_group_size
 from lit_reason.objectives.clip import CLIPS
 from lit_reason.objectives.correction import CORRECTIONS, Correction
-from lit_reason.objectives.critic import Assessed, gae, value_loss
+from lit_reason.objectives.critic import gae, value_loss
 from lit_reason.objectives.distillation import generalised_jsd
 from lit_reason.objectives.kl import KL_TERMS
 from lit_reason.objectives.objective import Objective, ObjectiveOutput
@@ -34,7 +34,6 @@ __all__ = [
     "CORRECTIONS",
     "KL_TERMS",
     "RATIOS",
-    "Assessed",
     "Correction",
     "Objective",
     "ObjectiveOutput",

@@ -42,8 +42,9 @@ from torch import Tensor
 
 from lit_reason.objectives.advantage_binary import maxrl, passk, pkpo
 from lit_reason.objectives.advantage_token import clip_cov, distill, kl_cov, reinforce_pp, reinforce_pp_baseline
-from lit_reason.objectives.critic import Assessed, gae_advantages
+from lit_reason.objectives.critic import gae_advantages
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
+from lit_reason.types import Assessed
 
 
 def reinforce(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_reason.errors import ConfigError
-from lit_reason.objectives.critic import Assessed
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
+from lit_reason.types import Assessed
 
 
 def reinforce_pp(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_reason.errors import ConfigError, nearest
 from lit_reason.objectives.choices import check_value
 from lit_reason.objectives.statistics import weighted_sum, whiten
+from lit_reason.types import Assessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +47,6 @@ def resolve_critic(spec: Mapping[str, Any]) -> CriticSettings:
             raise ConfigError(f"critic: {key!r} is missing, got {sorted(spec)}. Type +algorithm.critic.{key}=VALUE")
         check_value(f"critic.{key}", spec[key], hint)
     return CriticSettings(**spec)
-
-
-class Assessed(NamedTuple):
-    """What an advantage may say of each token besides its advantage.
-
-    Args:
-        advantages: (B, T), or (B,) for all tokens of a sequence.
-        returns_BT: what the critic should have said; None without a critic.
-        marked_BT: bool, tokens that a surrogate treats in another way (`kl_cov`); None where none does.
-    """
-
-    advantages: Tensor
-    returns_BT: Tensor | None = None
-    marked_BT: Tensor | None = None
 
 
 def gae_advantages(

@@ -27,12 +27,12 @@ from lit_reason.objectives.choices import resolve
 from lit_reason.objectives.clip import CLIPS
 from lit_reason.objectives.coefficients import Coefficients, EntropyRule
 from lit_reason.objectives.correction import correction_metrics, log_ratio, resolve_correction
-from lit_reason.objectives.critic import Assessed, resolve_critic, value_loss
+from lit_reason.objectives.critic import resolve_critic, value_loss
 from lit_reason.objectives.distillation import resolve_distillation
 from lit_reason.objectives.kl import resolve_kl
 from lit_reason.objectives.metrics import critic_metrics, kl_metrics, masked_mean, mismatch_metrics, ratio_metrics
 from lit_reason.objectives.ratio import RATIOS
-from lit_reason.types import PolicyBatch
+from lit_reason.types import Assessed, PolicyBatch
 
 
 @dataclass(slots=True)

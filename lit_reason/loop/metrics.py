@@ -1,0 +1,61 @@
+"""What a round is watched by: rewards, lengths, and the time that its parts took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_reason.types import Completion, Scores
+
+
+def round_metrics(completions: Sequence[Completion], scores: Scores, advantages_B: Tensor, G: int) -> dict[str, float]:
+    """Rewards per column, groups without a signal, lengths; over the rows that every verifier could judge."""
+    valid = scores.valid_B
+    values_BR = scores.values_BR[valid]
+    metrics: dict[str, float] = {}
+    for r, name in enumerate(scores.names):
+        column = values_BR[:, r]
+        metrics[f"reward/{name}/mean"] = column.mean().item()
+        metrics[f"reward/{name}/std"] = column.std(correction=0).item()
+    silent_P = (advantages_B.unflatten(0, (-1, G)).abs() < 1e-6).all(1)  # batch norms leave rounding
+    metrics["reward/zero_std_fraction"] = silent_P.float().mean().item()
+    metrics["reward/faults"] = float((~valid).sum())
+    metrics["advantage/std"] = advantages_B[valid].std(correction=0).item()
+    lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float32)
+    metrics["completion/length"] = lengths.mean().item()
+    metrics["completion/truncated"] = sum(c.finish_reason == "length" for c in completions) / len(completions)
+    return metrics
+
+
+class Clock:
+    """Wall time of a round's parts. Training is that of the round before: it ends when this one begins.
+
+    Args:
+        training_since: when the round before began to train (s), None in a process's first round.
+        training_tokens: completion tokens that it trained on, over all its epochs.
+    """
+
+    def __init__(self, training_since: float | None, training_tokens: int) -> None:
+        self.last = time.perf_counter()
+        self.train = self.last - training_since if training_since is not None else None
+        self.training_tokens = training_tokens
+        self.laps: dict[str, float] = dict.fromkeys(("sync", "generate", "score", "prepare"), 0.0)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] += now - self.last
+        self.last = now
+
+    def rates(self, completions: Sequence[Completion]) -> dict[str, float]:
+        tokens = sum(len(c.token_ids) for c in completions)
+        rates = {
+            "speed/generate_tokens_per_s": tokens / max(self.laps["generate"], 1e-9),
+            "speed/score_per_s": len(completions) / max(self.laps["score"], 1e-9),
+            "speed/sync_s": self.laps["sync"],
+        }
+        if self.train:
+            rates["speed/train_tokens_per_s"] = self.training_tokens / self.train
+        return rates
