@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_reason.errors import ConfigError
 from lit_reason.models.attention import Attend
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
@@ -71,6 +72,11 @@ class MLA(nn.Module):
         q_nope, q_rope = self._queries(x_BKD, rotation_BKR)
         latent_BKC, key_rope_BKR = self._latents(x_BKD, rotation_BKR)
         cache_BSC[at.row_B1, at.position_BK] = torch.cat((latent_BKC, key_rope_BKR), dim=-1).to(cache_BSC.dtype)
+        if not isinstance(self.kv_b, nn.Linear):
+            raise ConfigError(
+                "decoding reads kv_b's weight itself, which an adapter leaves as it is: decode with "
+                "lit_reason.models.lora.merged_copy(model), as the builtin engine does"
+            )
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
         # The K tokens of a row are K H queries to the same latents. T = B K tokens, Q = K H queries.
         q_latent_HTC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), k_HNC)

@@ -17,12 +17,18 @@ of it reads a normalised input.
     router      c/sqrt(fan_in)     1/m_i  m_i            1/(m m_L)      router weight
     expert      c/sqrt(fan_in)     1/m_i  m_i            1/(m m_L)      stacked expert matrices (E, out, in)
     head        c sqrt(d0)/d       1/m    m              1              LM head (forward multiplier 1)
+    lora_a      1/sqrt(3 fan_in)   1/m_i  m_i            as its matrix  A of an adapter B A; m_i is its matrix's
+    lora_b      0                  1      1              as its matrix  B: its fan-in is the rank at every width
+    lora_norm   the row's norm     1      0              as its matrix  DoRA's magnitude
 
     The matrices that end a residual branch (W_O and every down projection) start at `branch_gain` times that spread.
 
     Muon's update of a matrix is sqrt(fan_out / fan_in) times an orthogonal one at every width (2310.17813), so it needs
     to know the matrices: `Role.matrices` says which rows of a parameter are one linear map. It decays by lr *
     weight_decay without that factor. Embedding, norms, router and head have no matrices: they stay with AdamW.
+
+    Adapters are peft's, initial values included: A x is of unit size at every width, and B's rate need not fall with it
+    (LoRA+, 2402.12354: the rates of A and B go as 1/width and 1). They have no matrices either.
 
     m = width / base width, m_i = fan_in / base fan_in of that matrix, m_L = depth / base depth.
     The final norm lies outside the blocks but sees the head's 1/m gradient, hence the same eps as theirs without m_L.
@@ -37,6 +43,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lit_reason.models.adapters import adapted_layers, adapted_parameter, adapters, plain_name
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, SwiGLU
 from lit_reason.models.mla import MLA
@@ -109,7 +116,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """Role of every parameter by name, from module types and the base shape.
 
     Models that are not ours get multiplier 1: matrices of Linear layers decay, everything else does not. Each is one
-    matrix, but for the output layer that a Hugging Face model names (`get_output_embeddings`).
+    matrix, but for the output layer that a Hugging Face model names (`get_output_embeddings`). Adapters have roles of
+    their own, after that of what they adapt.
     """
     from lit_reason.models.transformer import Transformer
 
@@ -125,7 +133,27 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
                 whole = decays and not any(module is head for head in heads)
                 matrices = _matrices(parameter.shape, parameter.shape) if whole else None
                 roles[name] = Role("matrix" if decays else "other", None, 1.0, float(decays), 1.0, matrices)
-    return roles
+    return roles | _adapter_roles(model, roles)
+
+
+def _adapter_roles(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
+    """Roles of the adapters' own parameters, given those of what they adapt."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for prefix, layer in adapted_layers(model).items():
+        module, name = adapted_parameter(layer)
+        weight = module.get_parameter(name)
+        base = roles[name_of[id(weight)]]
+        std = 1 / math.sqrt(3 * weight.shape[-1])
+        own = {
+            "lora_A": replace(base, kind="lora_a", init_std=std, matrices=None),
+            "lora_B": Role("lora_b", 0.0, 1.0, float(base.weight_decay > 0), base.eps),
+            "lora_magnitude_vector": Role("lora_norm", None, 1.0, 0.0, base.eps),
+        }
+        for part, role in own.items():
+            for parameter, _ in layer.get_submodule(part).named_parameters(prefix=_join(prefix, part)):
+                found[parameter] = role
+    return found
 
 
 def _our_roles(model: nn.Module) -> dict[str, Role]:
@@ -133,6 +161,10 @@ def _our_roles(model: nn.Module) -> dict[str, Role]:
 
     assert isinstance(model, Transformer)
     config = model.config
+    if adapters(model):  # what its modules are is hidden behind peft's
+        with torch.device("meta"):
+            roles = _our_roles(Transformer(config))
+        return {name: roles[plain] for name, _ in model.named_parameters() if (plain := plain_name(name)) in roles}
     with torch.device("meta"):
         base = Transformer(config.base_config())
     rows, base_rows, ends = _row_blocks(model), _row_blocks(base), _branch_ends(model)

@@ -13,7 +13,6 @@ Left out: continuous batching (a chunk's last row is waited for) and paged cache
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models import Transformer
+from lit_reason.models.adapters import adapters, merged_copy, merged_weights
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.layers import round_up
 from lit_reason.rollout.engine import OnProgress, Progress
@@ -34,7 +34,8 @@ _COMPACT_BELOW = 0.8  # share of live rows under which copying the cache costs l
 
 
 class BuiltinEngine:
-    """Generates with a copy of the policy in `dtype`; in float32 with the policy itself, no copy made.
+    """Generates with a copy of the policy in `dtype`, adapters folded in; in float32 with the policy itself, no copy
+    made, unless it has adapters.
 
     Example::
 
@@ -61,6 +62,7 @@ class BuiltinEngine:
         self.tokenizer, self.dtype, self.max_rows = tokenizer, dtypes[dtype], max_rows
         self.speculative, self.drafted, self.accepted = speculative, 0, 0
         self._model: Transformer | None = None
+        self._shares = False  # whether `_model` is the policy itself
         self._version = -1
 
     def version(self) -> int:
@@ -82,12 +84,13 @@ class BuiltinEngine:
                 "rollout.engine.speculative=true: the model has no multi-token-prediction module (model.mtp_depth=0) "
                 "that could draft. Type rollout.engine.speculative=false, or pretrain with model.mtp_depth=1"
             )
-        if self.dtype == torch.float32:
+        shared, self._shares = self._shares, self.dtype == torch.float32 and not adapters(model)
+        if self._shares:
             self._model = model
-        elif self._model is None or self._model.config != model.config:
-            self._model = copy.deepcopy(model).to(self.dtype).requires_grad_(False).eval()
+        elif self._model is None or shared or self._model.config != model.config:
+            self._model = merged_copy(model).to(self.dtype).requires_grad_(False).eval()
         else:
-            sources = dict(model.named_parameters()) | dict(model.named_buffers())
+            sources = merged_weights(model)
             for name, target in (*self._model.named_parameters(), *self._model.named_buffers()):
                 target.copy_(sources[name])
         self._version = version
