@@ -36,6 +36,8 @@ class Critic(nn.Module):
         self.head = nn.Linear(cast(nn.Linear, cast(CausalLM, policy).head).in_features, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         self.lr_factor = lr_factor
+        shape = cast(CausalLM, policy).config
+        self.width_ratio = shape.width / shape.base.width if hasattr(shape, "base") else 1.0  # muP's m
         if self.trunk is not None:
             cast(CausalLM, self.trunk).head.requires_grad_(False)  # says tokens, not values
 

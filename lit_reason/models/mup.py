@@ -20,6 +20,7 @@ of it reads a normalised input.
     lora_a      1/sqrt(3 fan_in)   1/m_i  m_i            as its matrix  A of an adapter B A; m_i is its matrix's
     lora_b      0                  1      1              as its matrix  B: its fan-in is the rank at every width
     lora_norm   the row's norm     1      0              as its matrix  DoRA's magnitude
+    value       0                  1/m    0              1              a critic's value head
 
     The matrices that end a residual branch (W_O and every down projection) start at `branch_gain` times that spread.
 
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 
 from lit_reason.models.adapters import adapted_layers, adapted_parameter, adapters, plain_name
 from lit_reason.models.config import ModelConfig
+from lit_reason.models.critic import Critic
 from lit_reason.models.layers import RMSNorm, SwiGLU
 from lit_reason.models.mla import MLA
 from lit_reason.models.moe import Experts, Router
@@ -96,6 +98,7 @@ class Role:
         init_std: standard deviation of the initial normal distribution; None leaves the constant 1 of a norm's gain.
         lr, weight_decay, eps: multipliers on the base hyper-parameters of AdamW.
         matrices: the linear maps that the parameter holds; None keeps it from optimizers of matrices.
+        factor: on the learning rate, whatever the optimizer: somebody's choice, not the parametrisation's.
     """
 
     kind: str
@@ -104,6 +107,7 @@ class Role:
     weight_decay: float
     eps: float
     matrices: Matrices | None = None
+    factor: float = 1.0
 
     def init(self, parameter: Tensor) -> None:
         if self.init_std is None:
@@ -133,7 +137,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
                 whole = decays and not any(module is head for head in heads)
                 matrices = _matrices(parameter.shape, parameter.shape) if whole else None
                 roles[name] = Role("matrix" if decays else "other", None, 1.0, float(decays), 1.0, matrices)
-    return roles | _adapter_roles(model, roles)
+    return roles | _adapter_roles(model, roles) | _critic_roles(model, roles)
 
 
 def _adapter_roles(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
@@ -153,6 +157,17 @@ def _adapter_roles(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
         for part, role in own.items():
             for parameter, _ in layer.get_submodule(part).named_parameters(prefix=_join(prefix, part)):
                 found[parameter] = role
+    return found
+
+
+def _critic_roles(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
+    """The value head is a readout; every parameter of a critic has the critic's factor."""
+    found = {}
+    for prefix, critic in model.named_modules():
+        if isinstance(critic, Critic):
+            found[_join(prefix, "head.weight")] = Role("value", 0.0, 1 / critic.width_ratio, 0.0, 1.0)
+            own = {name: role for name, role in (roles | found).items() if name.startswith(f"{prefix}." if prefix else "")}
+            found |= {name: replace(role, factor=critic.lr_factor) for name, role in own.items()}
     return found
 
 

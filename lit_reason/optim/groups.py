@@ -27,14 +27,14 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name in roles:
             role = roles[name]
-            key = Role(role.kind, None, role.lr, role.weight_decay, role.eps)
+            key = Role(role.kind, None, role.lr, role.weight_decay, role.eps, factor=role.factor)
             members.setdefault(key, []).append(parameter)
     kinds = [role.kind for role in members]
     return [
         {
-            "name": role.kind if kinds.count(role.kind) == 1 else f"{role.kind}/lr x{role.lr:g} eps x{role.eps:g}",
+            "name": role.kind if kinds.count(role.kind) == 1 else f"{role.kind}/lr x{role.lr * role.factor:g} eps x{role.eps:g}",
             "params": parameters,
-            "lr": lr * role.lr,
+            "lr": lr * role.lr * role.factor,
             "weight_decay": weight_decay * role.weight_decay,
             "eps": eps * role.eps,
         }
