@@ -4,13 +4,15 @@ Shapes: B rows, T positions, M targets that count, V vocabulary, D width."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_reason.models import CausalLM
+from lit_reason.modules.chunked import by_rows, row_chunk
+from lit_reason.modules.tiled import tiled_logprobs
 from lit_reason.types import PolicyBatch
 
 
@@ -21,9 +23,31 @@ def token_logprobs(model: CausalLM, batch: PolicyBatch, temperature: float) -> t
     """
     counts_BT = batch.mask_BT > 0
     states_MD = model.states_at(batch.input_ids_BT, counts_BT)
-    logprob_M, entropy_M = chosen_logprobs(model.head(states_MD), batch.target_ids_BT[counts_BT], temperature)
+    logprob_M, entropy_M = head_logprobs(model.head, states_MD, batch.target_ids_BT[counts_BT], temperature)
     empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
     return empty_BT.masked_scatter(counts_BT, logprob_M), empty_BT.masked_scatter(counts_BT, entropy_M)
+
+
+def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`chosen_logprobs` of the head's logits, which never exist for more than `chunked.LOGITS` elements at once.
+
+    Where more are asked for, a bias-free linear layer's are made tile by tile, any other head's some rows at a time;
+    the backward pass makes them again.
+    """
+    rows = row_chunk(head, states_MD)
+    if rows < len(states_MD) and _is_plain(head):
+        return tiled_logprobs(states_MD, head.weight, target_M, temperature)
+
+    def logprobs(states_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen_logprobs(head(states_MD), target_M, temperature)
+
+    return by_rows(logprobs, rows, states_MD, target_M)  # type: ignore[return-value]
+
+
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the head does no more than multiply by its weight: no bias, hook, adapter or replaced forward."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and head.bias is None and not any(hooks) and "forward" not in vars(head)
 
 
 def chosen_logprobs(logits_MV: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
