@@ -1,0 +1,403 @@
+"""Any causal language model of transformers as a policy: `HFConfig(name=...).build()`.
+
+    folder or hub name -> AutoModelForCausalLM (safetensors only, none of its code) -> HFModel, checked on five tokens
+
+What a family does beyond "trunk, then output embeddings" cannot be known from its name, so `HFModel` computes five
+tokens both ways when it is made and refuses a model whose logits it does not reproduce.
+
+Trap: models in training mode may drop activations or jitter their routing; rollout, old and new log-probs would then be
+of different networks. `HFConfig.build` sets those rates to 0, and so they are saved.
+
+Shapes: B rows, T positions, M targets that count, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.errors import ConfigError, nearest
+from lit_reason.models.transformer import Hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_reason.models.hf_cache import PositionCache
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ATTENTION = ("sdpa", "eager")
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+@dataclass(frozen=True, slots=True)
+class HFShape:
+    """What the stages ask of a model's config; no multi-token prediction, no balance loss of ours.
+
+    Args:
+        source: the transformers config as JSON, so that equal shapes mean the same architecture.
+    """
+
+    max_seq_len: int
+    vocab_size: int
+    mtp_depth: int = 0
+    mtp_loss: float = 0.0
+    balance_loss: float = 0.0
+    source: str = field(default="", repr=False)
+
+
+@dataclass
+class HFConfig:
+    """Which model, and how it is held.
+
+    Example::
+
+        model = HFConfig("Qwen/Qwen3-0.6B").build()
+
+    Args:
+        name: a folder of transformers (config.json, *.safetensors), or a hub name.
+        dtype: of the trained weights, `"float32"` or `"bfloat16"`; small updates are lost in bfloat16, and
+            trainer.precision says what is computed in.
+        attn: `"sdpa"` or `"eager"`.
+    """
+
+    name: str
+    dtype: str = "float32"
+    attn: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype!r}: {nearest(str(self.dtype), DTYPES)}")
+        if self.attn not in ATTENTION:
+            raise ConfigError(f"model.attn={self.attn!r}: {nearest(str(self.attn), ATTENTION)}")
+        if Path(self.name).expanduser().is_dir():
+            _check_files(Path(self.name).expanduser())
+        elif self.name.startswith(("/", ".", "~")) or self.name.count("/") != 1:
+            raise ConfigError(
+                f"model.name={self.name}: there is no such folder. Type model.name=PATH of a folder that holds "
+                "config.json and *.safetensors, or a hub name such as model.name=Qwen/Qwen3-0.6B"
+            )
+
+    def build(self) -> HFModel:
+        """The model with its weights, in training mode, on the CPU.
+
+        Raises:
+            ConfigError: no such model, no causal language model, no safetensors, weights that are incomplete, or a
+                family whose logits `HFModel` cannot reproduce.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        name, safe = str(Path(self.name).expanduser()), {"trust_remote_code": False}
+        if not Path(name).is_dir():
+            name = self.name
+        try:
+            config = without_noise(AutoConfig.from_pretrained(name, **safe))
+            lm, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=DTYPES[self.dtype],
+                attn_implementation=self.attn,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ConfigError(
+                f"model.name={self.name} is no causal language model that transformers can load from safetensors "
+                f"without code of its own: {error}\nType model.name=PATH of such a folder, or a hub name"
+            ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise ConfigError(
+                f"model.name={self.name}: the files lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
+                "which would stay random. Give the folder of a causal language model, not of a classifier or an adapter"
+            )
+        return HFModel(lm).train()
+
+
+class HFModel(nn.Module):
+    """A transformers model behind `CausalLM`, so that every stage and the builtin engine can use it.
+
+    Example::
+
+        model = HFModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        model.save("runs/tuned")
+
+    Args:
+        lm: a causal language model of transformers; `config` is read from it once.
+
+    Raises:
+        ConfigError: a recurrent, multimodal or bidirectional model, or one whose logits come out otherwise here.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self.kinds, self.window = attention_kinds(lm)
+        if not isinstance(lm.get_output_embeddings(), nn.Module):
+            raise ConfigError(f"{type(lm).__name__} names no output embeddings, so it is no causal language model")
+        vocab_size = lm.get_output_embeddings().weight.shape[0]
+        source = lm.config.to_json_string(use_diff=False)
+        self.config = HFShape(context(lm.config), vocab_size, source=source)
+        check_against(self, lm)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HFModel:  # type: ignore[override]
+        """Trap: `.to(bfloat16)` would round the rotary frequencies, and far positions with them; buffers keep theirs."""
+        kept = {name: buffer.detach() for name, buffer in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != kept[name].dtype:
+                buffer.data = kept[name].to(buffer.device)
+        return self
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        """logits_BTV."""
+        return self.head(self.hidden(input_ids_BT).states_BTD)
+
+    @property
+    def head(self) -> Head:
+        """Made when asked: the output embeddings may be replaced, and a second name for them would be saved twice."""
+        return Head(self.lm)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device
+
+    def hidden(self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: PositionCache | None = None) -> Hidden:
+        """What the head reads at every position, and a balance loss of 0.
+
+        Args:
+            input_ids_BT: int64, right-padded.
+            valid_BT: bool, False for padding; None: all is real.
+            cache: filled with the keys and values of these positions.
+        """
+        B, T = input_ids_BT.shape
+        if self.config.max_seq_len < T:
+            raise ConfigError(f"a sequence of {T} tokens; this model takes {self.config.max_seq_len}")
+        position_BT = torch.arange(T, device=input_ids_BT.device).expand(B, T)
+        mask_BT = torch.ones_like(input_ids_BT) if valid_BT is None else valid_BT.long()
+        states_BTD = self._trunk(input_ids_BT, mask_BT, position_BT, cache)
+        return Hidden(states_BTD, states_BTD.new_zeros((), dtype=torch.float32))
+
+    def further(self, hidden: Hidden, target_ids_BT: Tensor, valid_BT: Tensor | None = None) -> list[Hidden]:
+        """Nothing: there is no multi-token prediction."""
+        return []
+
+    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
+        """states_MD that the head reads to predict the targets that count, in row-major order.
+
+        Args:
+            input_ids_BT: int64, right-padded; what follows a row's last counted target is not computed on.
+            counts_BT: bool, targets (the token after each input) that count.
+        """
+        kept_B = counts_BT.any(1)
+        kept_B[0] |= ~kept_B.any()  # nothing counts: one row all the same, so that there is a graph with gradients of 0
+        counts_BT = counts_BT[kept_B]
+        position_T = torch.arange(counts_BT.shape[1], device=counts_BT.device)
+        end_B = (counts_BT * (position_T + 1)).amax(1).clamp_min(1)
+        T = int(end_B.max())
+        states_BTD = self.hidden(input_ids_BT[kept_B, :T], position_T[:T] < end_B[:, None]).states_BTD
+        return states_BTD[counts_BT[:, :T]]
+
+    def new_cache(self, rows: int, capacity: int) -> PositionCache:
+        """An empty cache; `prefill` gives it its rows and positions."""
+        from lit_reason.models.hf_cache import PositionCache
+
+        return PositionCache()
+
+    def prefill(self, input_ids_BT: Tensor, length_B: Tensor, cache: PositionCache) -> Tensor:
+        """Reads right-padded prompts of `length_B` tokens into the cache; logits_BV of each row's last token."""
+        valid_BT = torch.arange(input_ids_BT.shape[1], device=length_B.device) < length_B[:, None]
+        states_BTD = self.hidden(input_ids_BT, valid_BT, cache).states_BTD
+        return self.head(states_BTD[torch.arange(len(length_B), device=length_B.device), length_B - 1])
+
+    def decode(self, token_B: Tensor, position_B: Tensor, cache: PositionCache) -> Tensor:
+        """One token per row at `position_B`; logits_BV of the next."""
+        from lit_reason.models.hf_cache import decode_mask
+
+        dtype = self.lm.get_input_embeddings().weight.dtype
+        mask = decode_mask(self.kinds, self.window, position_B, cache.at(position_B), dtype)
+        return self.head(self._trunk(token_B[:, None], mask, position_B[:, None], cache)[:, 0])
+
+    def _trunk(self, ids_BT: Tensor, mask: Any, position_BT: Tensor, cache: PositionCache | None) -> Tensor:
+        return self.lm.base_model(
+            input_ids=ids_BT,
+            attention_mask=mask,
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def routers(self) -> list[Any]:
+        """None that is balanced without a loss."""
+        return []
+
+    def save(self, folder: str | Path, extra: Callable[[Path], object] | None = None) -> Path:
+        """Writes a folder for transformers (config.json, safetensors); whole or not at all. Returns it.
+
+        Args:
+            folder: must not exist, or be empty.
+            extra: writes further files, a tokenizer's for instance, into the folder that it is given.
+
+        Raises:
+            ConfigError: the folder is not empty.
+        """
+        folder = Path(folder).absolute()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists and is not empty; give the name of a new folder")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            self.lm.save_pretrained(temporary)
+            if extra is not None:
+                extra(temporary)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+
+class Head(nn.Module):
+    """Output embeddings, then what some families do to the logits: cap * tanh(scale * logits / cap).
+
+    The scale is Cohere's `logit_scale`, one over Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`; the cap
+    Gemma's `final_logit_softcapping` (2408.00118).
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.output, config = lm.get_output_embeddings(), lm.config
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.finish(self.output(states))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """The logits that count, from those of the output embeddings."""
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def attention_kinds(lm: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
+    """The kinds of the model's attention layers, and the sliding window in tokens, if any.
+
+    Raises:
+        ConfigError: a model with other layers, whose state the engine could not take rows from.
+    """
+    from lit_reason.models.hf_cache import FULL, SLIDING
+
+    config, name = lm.config, type(lm).__name__
+    if config.get_text_config() is not config:
+        raise ConfigError(
+            f"{name} reads more than text. Save its language model as a folder of its own, and type model.name=PATH"
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL]
+    others = set(kinds) - {FULL, SLIDING}
+    others |= {key for key in ("attention_chunk_size", "attention_types") if getattr(config, key, None)}
+    if getattr(lm, "_is_stateful", False) or others:
+        raise ConfigError(
+            f"{name} has layers that keep another state than keys and values of every position "
+            f"({', '.join(sorted(others)) or 'recurrent'}); valid: {FULL}, {SLIDING}. Take another model.name"
+        )
+    return tuple(sorted(set(kinds))), window if SLIDING in kinds else None
+
+
+def context(config: Any) -> int:
+    """Tokens that a model takes, whatever its config calls them.
+
+    Trap: "longrope" switches its frequencies by the longest row of a batch, so the context ends where it would.
+    """
+    found = [value for name in LENGTHS if isinstance(value := getattr(config, name, None), int)]
+    if not found:
+        raise ConfigError(f"{type(config).__name__} does not say how long a sequence may be: none of {LENGTHS}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        found[0] = min(found[0], rope.get("original_max_position_embeddings") or found[0])
+    return found[0]
+
+
+def without_noise(config: Any) -> Any:
+    """The config with every rate of dropout and of routing noise at 0."""
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in key or key == "router_jitter_noise"):
+            setattr(config, key, 0.0)
+    return config
+
+
+@torch.no_grad()
+def check_against(model: HFModel, lm: PreTrainedModel) -> None:
+    """Raises ConfigError unless trunk, head, padding and cache give the logits that `lm` gives without any of them."""
+    ids_T = (torch.arange(5, device=model.device) * 7 + 3) % model.config.vocab_size
+    training, dtype = lm.training, lm.get_input_embeddings().weight.dtype
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 0.25  # in bfloat16 a token may be routed to another expert
+    lm.eval()
+    try:
+        wrong = "its head" if not _same_head(model, lm, ids_T) else None
+        length_B = torch.tensor([2, 4], device=model.device)
+        padded_BT = torch.where(torch.arange(4, device=model.device) < length_B[:, None], ids_T[:4], ids_T[0])
+        cache = model.new_cache(2, 4)
+        ours = model.prefill(padded_BT, length_B, cache), model.decode(ids_T[length_B], length_B, cache)
+        theirs_TV = lm(input_ids=ids_T[None], use_cache=False).logits[0]
+        for got_BV, want_BV in zip(ours, (theirs_TV[length_B - 1], theirs_TV[length_B]), strict=True):
+            if not (got_BV - want_BV).abs().max() <= tolerance * want_BV.abs().max():
+                wrong = wrong or "causal attention over right-padded rows and a cache"
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{type(lm).__name__} cannot be driven as a causal language model ({type(error).__name__}: {error}). "
+            "Take another model.name"
+        ) from error
+    finally:
+        lm.train(training)
+    if wrong:
+        raise ConfigError(
+            f"{type(lm).__name__} computes other logits than its trunk and output embeddings give here ({wrong}), so "
+            "its log-probs would be wrong. Take another model.name"
+        )
+
+
+def _same_head(model: HFModel, lm: PreTrainedModel, ids_T: Tensor) -> bool:
+    """Whether `lm` feeds the trunk's states to the output embeddings and does to their logits what `Head` does.
+
+    The embeddings' output is replaced by -40 .. 40, for the logits of small weights would not show a soft cap.
+    """
+    seen, head = [], model.head
+    ramp = torch.linspace(-40, 40, ids_T.numel() * model.config.vocab_size, device=model.device)
+
+    def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        seen.append(args[0])
+        return ramp.to(output.dtype).view_as(output)
+
+    handle = head.output.register_forward_hook(replace)
+    try:
+        theirs_1TV = lm(input_ids=ids_T[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    states_1TD = model.hidden(ids_T[None]).states_BTD
+    if len(seen) != 1 or seen[0].shape != states_1TD.shape:
+        return False
+    ours_1TV = head.finish(ramp.to(theirs_1TV.dtype).view_as(theirs_1TV))
+    close = 0.05 if ours_1TV.dtype.itemsize < 4 else 1e-4
+    return torch.allclose(ours_1TV, theirs_1TV, rtol=close, atol=close) and torch.allclose(
+        states_1TD, seen[0], rtol=close, atol=close
+    )
+
+
+def _check_files(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.name={folder} holds no config.json; give the folder of a transformers model")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [path.name for path in sorted((*folder.glob("*.bin"), *folder.glob("*.pt*")))]
+    raise ConfigError(
+        f"model.name={folder} holds no *.safetensors"
+        + (f", only {pickled[0]}: a pickle can run code when it is read, so it is refused" if pickled else "")
+        + ". Give a folder with safetensors; save_pretrained of transformers writes one"
+    )
