@@ -17,6 +17,7 @@ import rich
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lit_reason import zoo
 from lit_reason.callbacks.progress import generation_line
@@ -31,7 +32,9 @@ from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
 from lit_reason.loop import RolloutLoop
 from lit_reason.models import Transformer
-from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, SFTModule
+from lit_reason.models.adapters import adapters, merged_copy
+from lit_reason.models.lora import save_adapters
+from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, Reference, SFTModule, Teacher
 from lit_reason.report import write_report
 from lit_reason.report.records import STEPS
 from lit_reason.rewards import AnswerAnywhere, AnswerExact, Rubric, ShuffledRubric
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 # What decides a model's numbers, for its card; paths and callbacks do not.
 RECIPE = (
     *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rollout", "algorithm", "optimizer"),
+    *("reference", "adapter"),
     *("kernels", "trainer", "router_bias_rate", "evaluation"),
 )
 
@@ -86,6 +90,9 @@ def load_model(name: str | Path, tokenizer: Tokenizer) -> Transformer:
 def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
+    if adapters(model):  # folded in below
+        save_adapters(model, Path(cfg.run_dir) / "adapter", base=str(cfg.init or cfg.model.get("name") or ""))
+        model = merged_copy(model)
     metrics = card_metrics(json.loads(summary.read_text())) if summary.exists() else {}
     plain = with_defaults(to_plain(cfg), cfg.allow_targets, HANDED_IN)
     recipe: dict[str, Any] = {key: value for key, value in plain.items() if key in RECIPE}
@@ -118,6 +125,20 @@ def commit() -> str:
     head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
     changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     return (head + "+changes" if changed else head) or "unknown"
+
+
+def adapt(cfg: DictConfig, model: nn.Module) -> None:
+    """Puts the adapters of `adapter` into the model, if any, and says what it did."""
+    if cfg.adapter:
+        print(f"adapter: {build(cfg, 'adapter').apply(model)}")
+
+
+def make_reference(cfg: DictConfig, data: PromptData) -> Reference:
+    """The stage's reference; a teacher is loaded."""
+    reference: Reference = build(cfg, "reference")
+    if isinstance(reference, Teacher):
+        reference.load(lambda name: load_model(name, data.tokenizer))
+    return reference
 
 
 def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
@@ -157,6 +178,7 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     """Priming on a few worked solutions in the chat template; the result is evaluated."""
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
+    adapt(cfg, model)
     solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
     trainer = make_trainer(cfg)
     _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions, checkpoint)
@@ -178,7 +200,10 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
     check_context(data, model)
-    policy = PolicyModule(model, build(cfg, "optimizer"), objective, sampling.temperature, cfg.router_bias_rate)
+    adapt(cfg, model)
+    reference = make_reference(cfg, data)
+    optimizer = build(cfg, "optimizer")
+    policy = PolicyModule(model, optimizer, objective, sampling.temperature, cfg.router_bias_rate, reference)
     trainer = make_trainer(cfg, max_epochs=1, accumulate_grad_batches=shape.micro_batches)
 
     def on_progress(progress: Any) -> None:
@@ -200,7 +225,8 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         on_round=policy.on_round,
     )
     device = trainer.strategy.root_device
-    before = evaluate_model(cfg, model, data, device) if cfg.evaluation.n else None
+    evaluates = cfg.evaluation.n and trainer.is_global_zero
+    before = evaluate_model(cfg, model, data, device) if evaluates else None
     _fit(cfg, trainer, policy, loop, checkpoint)
     if before is not None:
         comparison = compare(before, evaluate_model(cfg, model, data, device))

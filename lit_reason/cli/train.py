@@ -40,6 +40,7 @@ EVALUATION = "evaluation"
 # A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
 LOCKED = (
     *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),
+    *("reference", "adapter"),
     *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),

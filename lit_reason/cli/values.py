@@ -63,6 +63,10 @@ def check_values(cfg: DictConfig, stage: str) -> None:
     if stage != "pretrain":
         _check_rewards(cfg)
         _check_engine(cfg)
+        if cfg.adapter:
+            checked_build(cfg, "adapter")
+    if stage == "rl":
+        _check_reference(cfg)
 
 
 def _check_number(cfg: DictConfig, key: str, example: float, most: float = math.inf) -> None:
@@ -119,8 +123,8 @@ def _check_length(trainer: DictConfig) -> int:
 
 def _check_rl(cfg: DictConfig) -> int:
     """Optimizer steps of the run."""
-    _check_one_process(cfg.trainer)
     objective, shape = checked_build(cfg, "algorithm"), checked_build(cfg, "rollout.shape")
+    _check_processes(cfg.trainer, shape)
 
     from lit_reason.objectives import check_group_size
 
@@ -134,13 +138,19 @@ def _check_rl(cfg: DictConfig) -> int:
     return min(steps, most) if isinstance(most, int) and most > 0 else steps
 
 
-def _check_one_process(trainer: Any) -> None:
-    """As `PolicyModule` does when a fit starts; what "auto" comes to is known only there."""
-    devices = trainer.get("devices", 1)
+def _check_processes(trainer: Any, shape: Any) -> None:
+    """As the loop does in its first round; what "auto" comes to is known only there."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     count = len(devices) if OmegaConf.is_list(devices) else devices
-    for key, got in (("devices", count), ("num_nodes", trainer.get("num_nodes", 1))):
-        if isinstance(got, int) and got != 1:
-            raise ConfigError(f"trainer.{key}={trainer[key]}: RL runs on one process for now. Type trainer.{key}=1")
+    if isinstance(count, int) and isinstance(nodes, int) and count > 0:
+        shape.check_ranks(count * nodes)
+
+
+def _check_reference(cfg: DictConfig) -> None:
+    """Last, because it imports Lightning."""
+    from lit_reason.modules.policy import check_teacher
+
+    check_teacher(checked_build(cfg, "algorithm"), checked_build(cfg, "reference"))
 
 
 def _check_schedule(optimizer: Any, steps: int) -> None:

@@ -168,7 +168,9 @@ class HFModel(nn.Module):
     def device(self) -> torch.device:
         return self.lm.get_input_embeddings().weight.device
 
-    def hidden(self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: PositionCache | None = None) -> Hidden:
+    def hidden(
+        self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: PositionCache | None = None
+    ) -> Hidden:
         """What the head reads at every position, and a balance loss of 0.
 
         Args:

@@ -166,7 +166,9 @@ def _critic_roles(model: nn.Module, roles: dict[str, Role]) -> dict[str, Role]:
     for prefix, critic in model.named_modules():
         if isinstance(critic, Critic):
             found[_join(prefix, "head.weight")] = Role("value", 0.0, 1 / critic.width_ratio, 0.0, 1.0)
-            own = {name: role for name, role in (roles | found).items() if name.startswith(f"{prefix}." if prefix else "")}
+            own = {
+                name: role for name, role in (roles | found).items() if name.startswith(f"{prefix}." if prefix else "")
+            }
             found |= {name: replace(role, factor=critic.lr_factor) for name, role in own.items()}
     return found
 

@@ -96,10 +96,14 @@ def total_steps(trainer: L.Trainer) -> int:
 
 
 class Meter:
-    """Weighted means, plain sums and maxima (`.../max`) of metrics between two optimizer steps."""
+    """Weighted means and plain sums of metrics between two optimizer steps.
+
+    Of a name that ends in `/max` the largest; one in `/ess` has two means, of weights w and of w^2, from which the
+    effective sample size (mean w)^2 / mean w^2 is made, 1 if there is no weight.
+    """
 
     def __init__(self) -> None:
-        self._totals: dict[str, float] = {}
+        self._totals: dict[str, list[float]] = {}
         self._sums: dict[str, float] = {}
         self._maxima: dict[str, float] = {}
         self._weight = 0.0
@@ -107,10 +111,14 @@ class Meter:
     def add(self, means: Mapping[str, Tensor | float], sums: Mapping[str, Tensor | float], weight: float) -> None:
         self._weight += weight
         for name, value in means.items():
+            found = value.tolist() if isinstance(value, Tensor) else value
+            parts: list[float] = found if isinstance(found, list) else [float(found)]
             if name.endswith("/max"):
-                self._maxima[name] = max(self._maxima.get(name, -math.inf), float(value))
-            else:  # a micro-batch without tokens has no mean (NaN) and no weight
-                self._totals[name] = self._totals.get(name, 0.0) + (float(value) * weight if weight else 0.0)
+                self._maxima[name] = max(self._maxima.get(name, -math.inf), *parts)
+                continue
+            # A micro-batch without tokens has no mean (NaN) and no weight.
+            before = self._totals.get(name, [0.0] * len(parts))
+            self._totals[name] = [t + (p * weight if weight else 0.0) for t, p in zip(before, parts, strict=True)]
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
@@ -120,10 +128,17 @@ class Meter:
         Args:
             reduce: (values, "sum" or "max") -> the same over all processes, which have the same names.
         """
-        weight, *added = reduce([self._weight, *self._totals.values(), *self._sums.values()], "sum")
+        flat = [self._weight, *self._sums.values(), *(part for parts in self._totals.values() for part in parts)]
+        added = iter(reduce(flat, "sum"))
+        weight = max(next(added), 1e-12)
+        sums = {name: next(added) for name in self._sums}
+        means = {name: [next(added) / weight for _ in parts] for name, parts in self._totals.items()}
         largest = reduce(list(self._maxima.values()), "max") if self._maxima else []
-        means = {name: total / max(weight, 1e-12) for name, total in zip(self._totals, added, strict=False)}
-        sums = dict(zip(self._sums, added[len(means) :], strict=True))
-        gathered = means | sums | dict(zip(self._maxima, largest, strict=True))
+        single = {name: _effective(*parts) if name.endswith("/ess") else parts[0] for name, parts in means.items()}
+        gathered = single | sums | dict(zip(self._maxima, largest, strict=True))
         self.__init__()
         return gathered
+
+
+def _effective(mean: float, square: float) -> float:
+    return mean * mean / square if square > 0 else 1.0

@@ -66,7 +66,7 @@ class PolicyModule(LanguageModule):
         router_bias_rate: float = 0.0,
         reference: Reference | None = None,
     ) -> None:
-        super().__init__(model, optimizer, router_bias_rate)
+        super().__init__(model, optimizer, router_bias_rate)  # type: ignore[arg-type]
         if not temperature > 0:
             raise ConfigError(
                 f"rollout.sampling.temperature={temperature}: RL needs samples that differ; type 1.0 (0 is greedy)"
@@ -153,12 +153,13 @@ class PolicyModule(LanguageModule):
             )
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        out = self.objective.loss(batch=batch, **self.forward(batch)._asdict())
+        found = self.forward(batch)
+        out = self.objective.loss(found.logprobs_BT, batch, *found[1:])
         self.check_finite(out.loss)
         measured = self.log_step(batch_idx, out.metrics, weight=out.tokens, sums={"loss": out.loss.detach()})
         if measured is not None:
             self._measured = measured
-            self.log_dict(self._round_metrics, batch_size=1)
+            self.log_dict(self._round_metrics | self.objective.coefficients.metrics(), batch_size=1)
         # Lightning divides by the first and averages over the second; shares add up.
         return out.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -168,16 +169,17 @@ class PolicyModule(LanguageModule):
         states_MD = model.states_at(batch.input_ids_BT, counts_BT)
         logprob_M, entropy_M = head_logprobs(model.head, states_MD, batch.target_ids_BT[counts_BT], self.temperature)
         values_M = None if self.critic is None else self.critic(batch.input_ids_BT, counts_BT, states_MD)
-        divergence_M = None if self.objective.divergence_beta is None else self._divergence(batch, states_MD)
+        beta = self.objective.divergence_beta
+        divergence_M = None if beta is None else self._divergence(batch, states_MD, beta)
         empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
         found = (logprob_M, entropy_M, values_M, divergence_M)
-        return Forward(*(None if x_M is None else empty_BT.masked_scatter(counts_BT, x_M) for x_M in found))
+        return Forward(*(None if x_M is None else empty_BT.masked_scatter(counts_BT, x_M) for x_M in found))  # type: ignore
 
-    def _divergence(self, batch: PolicyBatch, states_MD: Tensor) -> Tensor:
+    def _divergence(self, batch: PolicyBatch, states_MD: Tensor, beta: float) -> Tensor:
         with torch.no_grad(), self.reference.model() as teacher:
             teacher_states_MD = teacher.states_at(batch.input_ids_BT, batch.mask_BT > 0)
             head = teacher.head
-        own, beta = cast(CausalLM, self.model).head, self.objective.divergence_beta
+        own = cast(CausalLM, self.model).head
         return head_divergence(own, states_MD, head, teacher_states_MD, beta=beta, temperature=self.temperature)
 
     @torch.no_grad()

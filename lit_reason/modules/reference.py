@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.models import CausalLM
-from lit_reason.models.checksum import checksum
 from lit_reason.models.adapters import adapters, adapters_off
+from lit_reason.models.checksum import checksum
 
 
 class Reference(ABC):
@@ -37,8 +37,8 @@ class Reference(ABC):
         """Called once, with the policy at the start of the run."""
         if adapters(policy):
             raise ConfigError(
-                f"reference={type(self).__name__.lower()}: a policy with adapters is its own frozen reference, with the "
-                "adapters off. Type reference=frozen, or adapter=none"
+                f"reference={type(self).__name__.lower()}: a policy with adapters is its own frozen reference, with "
+                "the adapters off. Type reference=frozen, or adapter=none"
             )
         self._model = _frozen(copy.deepcopy(policy))
 
@@ -52,9 +52,11 @@ class Reference(ABC):
 
     def after_step(self, policy: nn.Module) -> None:
         """Called after every optimizer step."""
+        return
 
     def before_round(self, policy: nn.Module, index: int) -> None:
-        """Called before round `index` computes log-probs."""
+        """Called before round `index` is generated."""
+        return
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +134,9 @@ class Refreshed(_Moving):
 
     def __init__(self, every: int) -> None:
         if every < 1:
-            raise ConfigError(f"reference.every={every}: rounds between two refreshes, 1 or more. Type reference.every=20")
+            raise ConfigError(
+                f"reference.every={every}: rounds between two refreshes, 1 or more. Type reference.every=20"
+            )
         self.every, self.rule = every, f"the policy of every {every}. round"
 
     def before_round(self, policy: nn.Module, index: int) -> None:

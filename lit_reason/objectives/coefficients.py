@@ -48,10 +48,6 @@ class Coefficients:
         self._kl_rule, self._entropy_rule = kl, entropy
         self.kl, self.entropy, self._c = kl.weight, entropy.coef, entropy.coef
 
-    @property
-    def adaptive(self) -> bool:
-        return self._kl_rule.target is not None or self._entropy_rule.target is not None
-
     def adapt(self, measured: Mapping[str, float]) -> None:
         """After an optimizer step, from its mean `kl/k3` and `entropy`."""
         if self._kl_rule.target is not None:
@@ -60,6 +56,11 @@ class Coefficients:
             below = measured["entropy"] <= target
             self._c = max(0.0, self._c + (self._entropy_rule.step if below else -self._entropy_rule.step))
             self.entropy = self._c if below else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """The weights that follow something, to be logged."""
+        found = {"coefficient/kl": self.kl} if self._kl_rule.target is not None else {}
+        return found | ({"coefficient/entropy": self.entropy} if self._entropy_rule.target is not None else {})
 
     def state_dict(self) -> dict[str, float]:
         return {"kl": self.kl, "entropy": self.entropy, "c": self._c}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lit_reason.errors import ConfigError
 from lit_reason.objectives.choices import check_value, resolve
-from lit_reason.objectives.metrics import effective_sample_size, masked_mean
+from lit_reason.objectives.metrics import masked_mean, weight_moments
 from lit_reason.objectives.ratio import safe_exp
 
 Level = Literal["token", "sequence", "geometric"]
@@ -90,10 +90,9 @@ def log_ratio(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Ten
 
 @torch.no_grad()
 def correction_metrics(correction: Correction, on_BT: Tensor) -> dict[str, Tensor]:
-    """`correction/cut`: share of tokens truncated or rejected; `correction/ess`: effective sample size of the weights,
-    1 in a micro-batch without weight. (Over micro-batches its mean is taken.)"""
+    """`correction/cut`: share of tokens truncated or rejected; `correction/ess`: `weight_moments` of the weights."""
     return {
-        "correction/ess": effective_sample_size(correction.weights_BT.log(), on_BT),
+        "correction/ess": weight_moments(correction.weights_BT.log(), on_BT),
         "correction/cut": masked_mean(correction.cut_BT.float(), on_BT),
     }
 

@@ -1,4 +1,5 @@
-"""What a policy update is watched by: 0-d detached tensors, each the mean over one micro-batch's masked-in tokens.
+"""What a policy update is watched by: 0-d detached tensors, each the mean over one micro-batch's masked-in tokens, or
+the largest (`.../max`), or the two moments of weights (`.../ess`).
 
     B sequences   T tokens
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_reason.objectives.kl import k1, k3
+from lit_reason.objectives.ratio import safe_exp
 from lit_reason.objectives.surrogate import Surrogate
 
 
@@ -47,28 +49,23 @@ def mismatch_metrics(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, on_BT
 
     `mismatch/kl`: KL(engine || trainer) in nats per token (k3 on the engine's own samples); 0 if there is no token.
     `mismatch/max`: the largest |old - rollout| (nats).
-    `mismatch/ess`: effective sample size (sum rho)^2 / (N sum rho^2) of the token ratios, 1 when engine and trainer
-    agree. (Over micro-batches the largest and the mean are taken.)
+    `mismatch/ess`: the two moments of rho = exp(old - rollout), see `weight_moments`.
     """
     on_BT = on_BT & rollout_logprobs_BT.isfinite()
     gap_BT = (old_logprobs_BT - rollout_logprobs_BT).masked_fill(~on_BT, 0)
     return {
         "mismatch/kl": masked_mean(k3(torch.zeros_like(gap_BT), gap_BT, torch.ones_like(gap_BT)), on_BT),
         "mismatch/max": gap_BT.abs().amax() if gap_BT.numel() else gap_BT.new_zeros(()),
-        "mismatch/ess": effective_sample_size(gap_BT, on_BT),
+        "mismatch/ess": weight_moments(gap_BT, on_BT),
     }
 
 
 @torch.no_grad()
-def effective_sample_size(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
-    """(sum w)^2 / (N sum w^2) in 0..1 over `on_BT`; 1 if it is empty, or if no weight is left (all are exp(-inf))."""
-    log_N = log_weights_BT.masked_fill(~on_BT, -torch.inf)
-    highest = log_N.amax() if log_N.numel() else log_N.new_zeros(())
-    # Relative to the largest weight: its square must not overflow.
-    weights_N = (log_N - highest.clamp(min=torch.finfo(log_N.dtype).min)).exp()
-    total = weights_N.sum()
-    share = total.square() / (on_BT.sum() * weights_N.square().sum()).clamp(min=torch.finfo(log_N.dtype).tiny)
-    return torch.where(total > 0, share, torch.ones_like(share))
+def weight_moments(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
+    """(mean w, mean w^2) over `on_BT`, float64. Averaged over all micro-batches they give the effective sample size
+    (mean w)^2 / mean w^2 in 0..1: the share of the samples that the weights leave."""
+    weights_BT = safe_exp(log_weights_BT.double())
+    return torch.stack((masked_mean(weights_BT, on_BT), masked_mean(weights_BT.square(), on_BT)))
 
 
 @torch.no_grad()

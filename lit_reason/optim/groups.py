@@ -32,7 +32,9 @@ def parameter_groups(
     kinds = [role.kind for role in members]
     return [
         {
-            "name": role.kind if kinds.count(role.kind) == 1 else f"{role.kind}/lr x{role.lr * role.factor:g} eps x{role.eps:g}",
+            "name": role.kind
+            if kinds.count(role.kind) == 1
+            else f"{role.kind}/lr x{role.lr * role.factor:g} eps x{role.eps:g}",
             "params": parameters,
             "lr": lr * role.lr * role.factor,
             "weight_decay": weight_decay * role.weight_decay,

@@ -119,13 +119,6 @@ METRICS: tuple[Metric, ...] = (
         high=0.02,
     ),
     Metric(
-        "correction/cut",
-        "share of tokens whose engine correction was truncated or masked",
-        "below 0.05",
-        "higher: engine and trainer disagree; see mismatch/kl before you widen the bounds",
-        high=0.2,
-    ),
-    Metric(
         "completion/length",
         "mean length of a completion (tokens)",
         "steady",
@@ -166,20 +159,74 @@ METRICS: tuple[Metric, ...] = (
     ),
 )
 
+# Logged beside these, or with what they belong to.
+MORE_METRICS: tuple[Metric, ...] = (
+    Metric(
+        "mismatch/max",
+        "largest difference of the engine's and the trainer's log-prob of one token (nats)",
+        "below 0.5 in bf16",
+        "see mismatch/kl",
+    ),
+    Metric(
+        "mismatch/ess",
+        "effective sample size of the ratios trainer / engine, as a share of the tokens",
+        "above 0.95",
+        "falls: few tokens carry the step; correct for it (algorithm.correction) or mend the engine",
+        low=0.5,
+    ),
+    Metric(
+        "correction/cut",
+        "share of tokens whose engine correction was truncated or masked",
+        "below 0.05",
+        "higher: engine and trainer disagree; see mismatch/kl before you widen the bounds",
+        high=0.2,
+    ),
+    Metric(
+        "correction/ess",
+        "effective sample size of the correction's weights, as a share of the tokens",
+        "above 0.9",
+        "falls: heavy rejection is a smaller step; see mismatch/kl",
+        low=0.5,
+    ),
+    Metric("critic/loss", "value loss per token", "falls, then steady", "rises: lower algorithm.critic.lr_factor"),
+    Metric(
+        "critic/explained_variance",
+        "1 - variance of (return - value) / variance of the return: 1 is a perfect critic",
+        "above 0.2 after some rounds",
+        "below 0: worse than a constant; raise algorithm.critic.lr_factor, or more updates per round",
+        low=-0.5,
+    ),
+    Metric(
+        "distillation/divergence",
+        "generalised JSD to the teacher per token (nats)",
+        "falls",
+        "flat: raise the learning rate; a teacher of another style needs priming first",
+    ),
+    Metric(
+        "rollout/refills",
+        "generations added to replace groups without a signal",
+        "0 or 1",
+        "at rollout.shape.refills: the prompts are too easy or too hard",
+    ),
+    Metric("coefficient/kl", "the adaptive KL weight", "steady", "runs away: another algorithm.kl.target"),
+    Metric("coefficient/entropy", "the adaptive entropy weight", "steady", "runs away: a lower entropy_target"),
+)
+ALL_METRICS = METRICS + MORE_METRICS
+
 
 def find_metric(name: str) -> Metric:
     """The table's entry of a logged name: `find_metric("reward/answer/mean").name == "reward/<name>/mean"`."""
-    for metric in METRICS:
+    for metric in ALL_METRICS:
         if metric.pattern.fullmatch(name):
             return metric
-    raise ConfigError(f"no metric is called {name!r}; {nearest(name, [m.name for m in METRICS])}")
+    raise ConfigError(f"no metric is called {name!r}; {nearest(name, [m.name for m in ALL_METRICS])}")
 
 
 def out_of_range(record: Mapping[str, Any]) -> dict[str, Metric]:
     """`{logged name: entry}` of the values that are not finite or leave the healthy bounds."""
     found = {}
     for name, value in record.items():
-        metric = next((m for m in METRICS if m.pattern.fullmatch(name)), None)
+        metric = next((m for m in ALL_METRICS if m.pattern.fullmatch(name)), None)
         if metric is None or not isinstance(value, int | float):
             continue
         low = -float("inf") if metric.low is None else metric.low
@@ -192,5 +239,5 @@ def out_of_range(record: Mapping[str, Any]) -> dict[str, Metric]:
 def markdown_table() -> str:
     """The table of the README."""
     lines = ["| name | meaning | healthy | if not |", "|---|---|---|---|"]
-    lines += [f"| `{m.name}` | {m.meaning} | {m.healthy} | {m.action} |" for m in METRICS]
+    lines += [f"| `{m.name}` | {m.meaning} | {m.healthy} | {m.action} |" for m in ALL_METRICS]
     return "\n".join(lines)

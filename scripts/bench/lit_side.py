@@ -120,7 +120,7 @@ def rollout_loop(work: Work, settings: dict[str, Any], policy: PolicyModule, clo
     prompts = [Prompt(f"{i:016x}", "", "", "bench", tuple(ids)) for i, ids in enumerate(work.prompt_ids())]
     return RolloutLoop(
         PromptCursor(prompts, shuffle=False),
-        Stages(push, generate, rubric.score, policy.objective.advantages),
+        Stages(push, generate, rubric.score, policy.objective.assess),
         RoundShape(
             rounds=work.steps,
             prompts_per_round=work.prompts,

@@ -51,7 +51,7 @@ def run(tmp_path_factory):
         push=lambda version: engine.push(policy.model, version),
         generate=lambda prompts, seeds, idx: engine.generate(prompts, sampling, seeds, idx),
         score=rubric.score,
-        advantages=policy.objective.advantages,
+        assess=policy.objective.assess,
     )
     prompts = PromptData(ReasoningGym({"chain_sum": {"max_terms": 2}}, size=20, seed=0)).prompts("all")
     loop = RolloutLoop(

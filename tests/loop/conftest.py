@@ -17,7 +17,7 @@ from lit_reason.modules import PolicyModule
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
 from lit_reason.rollout import BuiltinEngine, Sampling, request_seed
-from lit_reason.types import Completion, Prompt, RewardState, Scores
+from lit_reason.types import Assessed, Completion, Prompt, RewardState, Scores
 
 ALGORITHMS = Path(__file__).parents[2] / "conf" / "algorithm"
 
@@ -57,17 +57,17 @@ class StubStages:
         self.events.append("score")
         return scores([[c.seed % 11 / 10, c.seed % 3 / 2] for c in completions], self.wrong)
 
-    def advantages(self, rewards_BR, weights_R, group_B, mask_BT, valid_B, old_logprobs_BT, ref_logprobs_BT):
-        self.events.append("advantages")
+    def assess(self, rewards_BR, weights_R, group_B, mask_BT, valid_B, old_logprobs_BT, ref_logprobs_BT, **unused):
+        self.events.append("assess")
         self.valid_B, self.group_B, self.old, self.ref = valid_B, group_B, old_logprobs_BT, ref_logprobs_BT
-        return (rewards_BR.nan_to_num() @ weights_R)[:, None].expand(mask_BT.shape)
+        return Assessed((rewards_BR.nan_to_num() @ weights_R)[:, None].expand(mask_BT.shape))
 
     def old_logprobs(self, batch):
         self.events.append("old")
         return batch.target_ids_BT / 100.0
 
     def stages(self, old: bool = True) -> Stages:
-        return Stages(self.push, self.generate, self.score, self.advantages, self.old_logprobs if old else None)
+        return Stages(self.push, self.generate, self.score, self.assess, self.old_logprobs if old else None)
 
 
 @pytest.fixture

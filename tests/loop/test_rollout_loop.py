@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError, RolloutError
-from lit_reason.loop import RoundShape, rollout_loop
+from lit_reason.loop import RoundShape, metrics
 from lit_reason.types import PolicyBatch
 
 SHAPE = {"rounds": 3, "prompts_per_round": 4, "group_size": 3, "epochs": 2, "minibatches": 2, "micro_batches": 3}
@@ -34,7 +34,7 @@ def test_length_and_order_of_the_stages(stub, make_loop):
     assert stages.events == []
     next(loop)
     forward = ["old"] * 6  # 12 rows in the training's micro-batch size, 12 / (2 * 3)
-    assert stages.events == ["push 0", "generate", "score", *forward, "advantages"]
+    assert stages.events == ["push 0", "generate", "score", *forward, "assess"]
     for _ in range(11):
         next(loop)
     assert "push 1" not in stages.events, "the next round must wait until its first batch is asked for"
@@ -118,8 +118,8 @@ def test_groups_reach_the_listener_before_the_first_batch(stub, make_loop):
 def test_the_rate_of_training_is_that_of_the_round_before(stub, make_loop, monkeypatch):
     """Stages take no time on this clock, each batch 0.5 s: the trained tokens of a round over its 12 batches' 6 s."""
     now, seen = [100.0], []
-    monkeypatch.setattr(rollout_loop.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(rollout_loop._Clock, "lap", lambda self, name: self.laps.update({name: 1e-3}))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.Clock, "lap", lambda self, name: self.laps.update({name: 1e-3}))
     for _ in make_loop(stub().stages(), on_round=seen.append, **SHAPE):
         now[0] += 0.5
     tokens = [sum(len(c.token_ids) for g in r.groups for c in g.completions) for r in seen]

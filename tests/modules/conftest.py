@@ -10,7 +10,7 @@ import yaml
 from lit_reason.checkpoint import SafeCheckpointIO
 from lit_reason.loop.batching import collate, split
 from lit_reason.models import Base, ModelConfig, Transformer
-from lit_reason.modules import PolicyModule
+from lit_reason.modules import PolicyModule, Teacher
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
 from lit_reason.types import Completion, Prompt
@@ -38,7 +38,7 @@ class Gradients(L.Callback):
         self.steps, self.metrics, self.bias = [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.steps.append({n: p.grad.clone() for n, p in pl_module.model.named_parameters() if p.grad is not None})
+        self.steps.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         if trainer.global_step > len(self.metrics):
@@ -67,7 +67,12 @@ def make_policy(make_model):
     def make(algorithm: str = "grpo", seed: int = 0, lr: float = 1e-3, **kwargs) -> PolicyModule:
         axes = yaml.safe_load((ALGORITHMS / f"{algorithm}.yaml").read_text())
         axes.pop("_target_")
-        return PolicyModule(make_model(seed), AdamW(lr=lr), Objective(**axes), **kwargs)
+        objective = Objective(**axes)
+        if objective.needs_teacher:
+            teacher = Teacher("another")
+            teacher.load(lambda name: make_model(seed + 7))
+            kwargs |= {"reference": teacher}
+        return PolicyModule(make_model(seed), AdamW(lr=lr), objective, **kwargs)
 
     return make
 
@@ -87,6 +92,8 @@ def round_batch():
     shape = batch.mask_BT.shape
     batch.advantages_BT = torch.randn(16, 1, generator=draw).expand(shape).contiguous()
     batch.rollout_logprobs_BT = batch.rollout_logprobs_BT + 0.1 * torch.randn(shape, generator=draw)
+    batch.values_BT, batch.returns_BT = (torch.randn(shape, generator=draw) for _ in range(2))
+    batch.marked_BT = torch.rand(shape, generator=draw) < 0.2
     return batch
 
 

@@ -35,7 +35,7 @@ def test_a_step_has_the_same_gradient_in_any_number_of_micro_batches(algorithm, 
         for name, value in metrics[0].items():  # averaged over micro-batches, not the last one's
             if not name.startswith("ratio/q"):  # quantiles do not average
                 assert logged[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert len(steps[0]) == sum(1 for _ in make_policy().model.parameters())
+    assert len(steps[0]) == sum(p.requires_grad for p in make_policy(algorithm).parameters())
 
 
 def test_the_columns_of_a_step(make_policy, micro_batches, fit):
@@ -69,12 +69,13 @@ def test_token_log_probs_and_entropy_by_the_full_forward(make_policy, round_batc
 
 def test_the_reference_is_frozen_and_outside_the_checkpoint(make_policy, micro_batches, fit):
     policy = make_policy(lr=0.05)
-    before = checksum(policy.reference)
-    fit(policy, micro_batches(policy, 2), accumulate=2)
-    assert checksum(policy.model) != before == checksum(policy.reference)
-    policy.train()
-    assert not any(m.training for m in policy.reference.modules())
-    assert not any(p.requires_grad for p in policy.reference.parameters())
+    with policy.reference.model() as reference:
+        before = checksum(reference)
+        fit(policy, micro_batches(policy, 2), accumulate=2)
+        assert checksum(policy.model) != before == checksum(reference)
+        policy.train()
+        assert not any(m.training for m in reference.modules())
+        assert not any(p.requires_grad for p in reference.parameters())
     assert set(policy.state_dict()) == {f"model.{name}" for name in policy.model.state_dict()}
     assert len(list(policy.parameters())) == len(list(policy.model.parameters()))
 
@@ -91,7 +92,8 @@ def test_the_checkpoint_names_its_reference_and_refuses_another(make_policy, mic
         fit(other, micro_batches(other, 1), ckpt_path=tmp_path / "a.ckpt")
     same = make_policy()
     fit(same, micro_batches(same, 1), ckpt_path=tmp_path / "a.ckpt")
-    assert checksum(same.reference) == start != checksum(same.model) == checksum(policy.model)
+    with same.reference.model() as reference:
+        assert checksum(reference) == start != checksum(same.model) == checksum(policy.model)
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
@@ -142,7 +144,7 @@ def test_accumulation_other_than_the_loops_is_refused(make_policy, fit):
 
     loop = RolloutLoop(
         PromptCursor([Prompt("a", "", "", "", (1,))]),
-        Stages(push=never, generate=never, score=never, advantages=never),
+        Stages(push=never, generate=never, score=never, assess=never),
         RoundShape(rounds=1, prompts_per_round=2, group_size=2, micro_batches=2),
         request_seed=never,
         seed=0,
