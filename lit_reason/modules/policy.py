@@ -247,7 +247,7 @@ def check_teacher(objective: Objective, reference: Reference) -> None:
     if objective.needs_teacher and not isinstance(reference, Teacher):
         raise ConfigError(
             f"reference={type(reference).__name__.lower()}: the objective distils from a teacher. "
-            "Type reference=teacher reference.name=NAME (lit-reason-zoo list, dir:PATH, or hf:PATH)"
+            "Type reference=teacher reference.name=NAME (lit-reason-zoo list, or dir:PATH)"
         )
 
 

@@ -157,7 +157,7 @@ class EMA(_Moving):
 
 
 class Teacher(Frozen):
-    """Another model, e.g. `arith-1m.rl` of the zoo, `dir:PATH` of a saved one, or `hf:PATH` of a Hugging Face model.
+    """Another model, e.g. `arith-1m.gdpo` of the zoo, or `dir:PATH` of a saved one, ours or Hugging Face's.
 
     Args:
         name: what `load` is given.
