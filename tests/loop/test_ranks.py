@@ -1,0 +1,41 @@
+"""The same run on 1, 2 and 4 processes: the same completions, gradients and metrics."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_reason.errors import ConfigError
+from lit_reason.loop import RoundShape
+
+
+def run(devices: int, folder: Path, algorithm: str):
+    out = folder / f"{devices}.pt"
+    command = [sys.executable, str(Path(__file__).with_name("ranks_run.py")), str(devices), str(out), algorithm]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+def test_the_number_of_processes_changes_no_gradient(tmp_path):
+    """GDPO normalises over the whole round, so a process that saw its own share only would be far off."""
+    one = run(1, tmp_path, "gdpo")
+    for devices in (2, 4):
+        many = run(devices, tmp_path, "gdpo")
+        assert many["rounds"] == one["rounds"]
+        assert len(many["gradients"]) == len(one["gradients"]) == 4
+        for mine, whole in zip(many["gradients"], one["gradients"], strict=True):
+            for name, gradient in whole.items():
+                assert (mine[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, (devices, name)
+        for name, value in one["metrics"].items():
+            if not name.startswith(("ratio/q", "speed/")):  # quantiles do not average
+                assert many["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (devices, name)
+
+
+def test_a_step_that_cannot_be_dealt_evenly_is_refused():
+    shape = RoundShape(prompts_per_round=2, group_size=4, micro_batches=4)
+    shape.check_ranks(2)
+    with pytest.raises(ConfigError, match="8 sequences per optimizer step.*micro_batches=4 times 3 processes"):
+        shape.check_ranks(3)
