@@ -7,8 +7,8 @@ loss, the reward of a sequence, or each token's reward. What counts is not its v
 
 | name             | value           | samples of the policy itself | samples of an older policy        |
 |------------------|-----------------|------------------------------|-----------------------------------|
-| k1_reward        | KL(pi || ref)   | reverse                      | reverse, by the surrogate's ratio |
-| k1_token_reward  | KL(pi || ref)   | reverse                      | reverse, by the surrogate's ratio |
+| k1_reward        | KL(pi || ref)   | reverse                      | neither: the reward is a constant |
+| k1_token_reward  | KL(pi || ref)   | reverse                      | neither: the reward is a constant |
 | k1_loss          | KL(pi || ref)   | none: noise around 0         | neither                           |
 | k2_loss          | biased          | reverse                      | neither                           |
 | k3_loss          | KL(pi || ref)   | forward (GRPO's choice)      | neither                           |

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lit_reason.objectives.kl import k1, k3
-from lit_reason.objectives.ratio import safe_exp
 from lit_reason.objectives.surrogate import Surrogate
 
 
@@ -64,7 +63,7 @@ def mismatch_metrics(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, on_BT
 def weight_moments(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
     """(mean w, mean w^2) over `on_BT`, float64. Averaged over all micro-batches they give the effective sample size
     (mean w)^2 / mean w^2 in 0..1: the share of the samples that the weights leave."""
-    weights_BT = safe_exp(log_weights_BT.double())
+    weights_BT = log_weights_BT.double().clamp(max=300).exp()  # sums of squares stay finite
     return torch.stack((masked_mean(weights_BT, on_BT), masked_mean(weights_BT.square(), on_BT)))
 
 
