@@ -115,7 +115,7 @@ def test_a_teacher_is_another_model_and_known_by_its_checksum(make_policy, make_
 def test_a_teacher_with_another_vocabulary_is_refused(make_model):
     teacher = Teacher("wide")
     teacher.load(lambda name: make_model(vocab_size=48))
-    with pytest.raises(ConfigError, match="reference.name=wide: the teacher has 48 token ids, the policy 40"):
+    with pytest.raises(ConfigError, match=r"reference.name=wide: the teacher has 48 token ids, the policy 40"):
         teacher.bind(make_model())
 
 
