@@ -94,20 +94,20 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, seed: int) -> d
     return {"processor_s": processor, "wall_s": wall, "peak_mib": peak, "loss": loss, **gradients}
 
 
-def in_process(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """The same in a process of its own.
-
-    Raises:
-        ConfigError: the machine has not enough free memory for it.
-    """
-    tokens = args.batch * args.tokens
+def check_fits(side: str, args: argparse.Namespace) -> None:
+    """Raises ConfigError when the machine has not enough free memory for this side."""
     free = next(int(s.split()[1]) << 10 for s in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in s)
-    need = BYTES[side] * tokens * args.vocabulary + 20 * args.vocabulary * args.width
-    if need > free:
+    logits, fixed = BYTES[side] * args.batch * args.tokens * args.vocabulary, 20 * args.vocabulary * args.width
+    if logits + fixed > free:
         raise ConfigError(
-            f"{side} needs about {need / 1e9:.0f} GB, free are {free / 1e9:.0f}: type --tokens "
-            f"{int(args.tokens * free / need * 0.9)}, or --rivals bfloat16"
+            f"{side} needs about {(logits + fixed) / 1e9:.0f} GB, free are {free / 1e9:.1f}: type --tokens "
+            f"{max(int(args.tokens * (free - fixed) / max(logits, 1) * 0.9), 1)}, or --rivals bfloat16"
         )
+
+
+def in_process(side: str, args: argparse.Namespace) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    tokens = args.batch * args.tokens
     shape = {"tokens": tokens, "vocabulary": args.vocabulary, "width": args.width, "seed": args.seed}
     command = [sys.executable, __file__, "--side", json.dumps({"side": side, **shape})]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -161,6 +161,8 @@ def main() -> int:
         return 0
 
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in ("ours", *args.rivals)}
+    for side in runs:
+        check_fits(side, args)
     for repeat in range(args.repeats):
         for side, found in runs.items():
             found.append(in_process(side, args))

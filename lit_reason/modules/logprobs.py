@@ -45,9 +45,11 @@ def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperat
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the head does no more than multiply by its weight: no bias, hook, adapter or replaced forward."""
+    """Whether calling the head does no more than multiply by its weight: no bias, hook, adapter or replaced forward,
+    and a weight that is no quantised or sharded tensor."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return type(head) is nn.Linear and head.bias is None and not any(hooks) and "forward" not in vars(head)
+    plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    return plain and not any(hooks) and "forward" not in vars(head)
 
 
 def chosen_logprobs(logits_MV: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -113,8 +113,7 @@ class _TiledLogprobs(torch.autograd.Function):
                     if grad_entropy_M is None:
                         grad_z_RC.mul_(-grad_R1)
                     else:
-                        # Where log p is -infinity, p is 0 and the product NaN; its limit is 0.
-                        surprise_RC = log_p_RC.clamp_min_(torch.finfo(log_p_RC.dtype).min).add_(entropy_M[rows, None])
+                        surprise_RC = log_p_RC.add_(entropy_M[rows, None])
                         grad_z_RC.mul_(surprise_RC.mul_(-grad_entropy_M[rows, None]).sub_(grad_R1))
                     place_R1, inside_R = _place(target_M[rows], columns)
                     grad_z_RC.scatter_add_(1, place_R1, grad_R1 * inside_R[:, None])

@@ -1,11 +1,14 @@
 """A tiny policy, one optimizer step of data, and a Trainer that runs exactly that step."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_reason.checkpoint import SafeCheckpointIO
 from lit_reason.loop.batching import collate, split
@@ -44,6 +47,30 @@ class Gradients(L.Callback):
         if trainer.global_step > len(self.metrics):
             self.metrics.append({k: float(v) for k, v in trainer.logged_metrics.items()})
             self.bias.append([r.bias_E.clone() for r in pl_module.model.routers()])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, backward passes included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = (x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+@pytest.fixture
+def largest_tensor():
+    """`with largest_tensor() as largest: ...; largest()`: elements of the largest tensor made within."""
+
+    @contextmanager
+    def watch():
+        with LargestTensor() as mode:
+            yield lambda: mode.elements
+
+    return watch
 
 
 @pytest.fixture
