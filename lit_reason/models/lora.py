@@ -28,6 +28,7 @@ from lit_reason.models.adapters import (
     adapters_off,
     merged_copy,
     merged_weights,
+    owner,
     plain_name,
 )
 from lit_reason.models.lora_targets import Matrix, choose, matrices
@@ -201,9 +202,8 @@ def _report(core: nn.Module, found: dict[str, Matrix]) -> LoRAReport:
     layers = adapted_layers(core)
     count = dict.fromkeys(layers, 0)
     for name, parameter in core.named_parameters():
-        owner, inside, _ = name.partition(".lora_")
-        if inside and owner in layers:
-            count[owner] += parameter.numel()
+        if layer := owner(name, layers):
+            count[layer] += parameter.numel()
     adapted = {plain_name(f"{name}.{adapted_parameter(layer)[1]}"): count[name] for name, layer in layers.items()}
     config: LoraConfig = core.peft_config["default"]  # type: ignore[index]
     kind = config.use_dora, config.lora_dropout > 0

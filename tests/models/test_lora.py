@@ -14,7 +14,7 @@ from lit_reason.config.instantiate import instantiate
 from lit_reason.data.tokenizer import ByteTokenizer
 from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.models import Base, ModelConfig, Transformer, parameter_roles
-from lit_reason.models.checksum import checksum
+from lit_reason.models.checksum import base_checksum, checksum
 from lit_reason.models.lora import (
     LoRA,
     adapters,
@@ -556,8 +556,10 @@ def test_optimizers_take_the_adapters_alone(ours, recipe):
 
 def test_copies_checksums_and_routers_of_a_model_with_adapters(ours):
     model = ours()
+    base = checksum(model)
     add_lora(model, LoRA(rank=4))
     disturb(model)
+    assert base_checksum(model) == base == base_checksum(ours()) != checksum(model)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS), model(IDS)) and checksum(twin) == checksum(model)
     disturb(twin, seed=2)
