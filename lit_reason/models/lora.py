@@ -31,7 +31,7 @@ from lit_reason.models.adapters import (
     owner,
     plain_name,
 )
-from lit_reason.models.lora_targets import Matrix, choose, matrices
+from lit_reason.models.lora_targets import Matrix, choose, matrices, spellings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -146,8 +146,8 @@ def add_lora(model: nn.Module, lora: LoRA) -> LoRAReport:
         model: any; of an adapter with an attribute `lm` that is a module, that.
 
     Raises:
-        ConfigError: when the model has adapters, when a target is unknown or cannot be adapted so, and when DoRA meets
-            a row of zeros, whose norm it would divide by.
+        ConfigError: when the model has adapters, when a target is unknown or cannot be adapted so, when DoRA meets a
+            row of zeros, whose norm it would divide by, and when peft adapted something else, which spoils the model.
     """
     from peft import LoraConfig
 
@@ -167,7 +167,7 @@ def add_lora(model: nn.Module, lora: LoRA) -> LoRAReport:
     )
     _inject(model, config)
     report = _report(core, found)
-    assert set(report.adapted) == set(names), "peft matches names by their ends"
+    _refuse_other_names(found, names, report)
     return report
 
 
@@ -175,6 +175,16 @@ def _refuse_zero_rows(core: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if not torch.linalg.vector_norm(core.get_parameter(name), dim=1).all():
             raise ConfigError(f"{name} has a row of zeros, whose norm DoRA divides by: type adapter.dora=false")
+
+
+def _refuse_other_names(found: dict[str, Matrix], names: Sequence[str], report: LoRAReport) -> None:
+    """peft takes a DeepSeek-V3's dense `gate_proj`, `up_proj` and `down_proj` for its routed experts'."""
+    if wrong := sorted(set(names) ^ set(report.adapted)):
+        right = sorted({spellings(name, found[name].stacked)[0] for name in names if name in report.adapted})
+        raise ConfigError(
+            f"peft takes the targets for others than these: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}. "
+            f"Load the model anew and type adapter.targets=[{','.join(right)}]"
+        )
 
 
 def _refuse_second(model: nn.Module) -> None:

@@ -325,6 +325,28 @@ def test_stacked_experts_of_other_models(tmp_path, monkeypatch, kind):
     torch.testing.assert_close(theirs(IDS).logits, adapted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_what_peft_takes_for_something_else_is_refused_with_what_to_type():
+    def make():
+        return transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(
+                vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1,
+                topk_group=1, first_k_dense_replace=1, max_position_embeddings=64,
+            )
+        ).eval()  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj\.weight, .*adapter\.targets=\[") as error:
+        add_lora(make(), LoRA(rank=4))
+    targets = str(error.value).rpartition("=[")[2].removesuffix("]").split(",")
+    model = make()
+    report = add_lora(model, LoRA(rank=4, targets=targets))
+    assert len(report.adapted) == 2 * 5 + 2
+    adapted = disturb(model)(IDS).logits
+    torch.testing.assert_close(merged_copy(model)(IDS).logits, adapted, rtol=0, atol=1e-5)
+
+
 def test_peft_and_we_read_adapters_of_our_model(ours, tmp_path):
     from peft import PeftModel
 
