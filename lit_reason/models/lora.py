@@ -166,6 +166,8 @@ def add_lora(model: nn.Module, lora: LoRA) -> LoRAReport:
         task_type="CAUSAL_LM" if hasattr(core, "prepare_inputs_for_generation") else None,
     )
     _inject(model, config)
+    if lora.dora:
+        _take_norms(core)
     report = _report(core, found)
     _refuse_other_names(found, names, report)
     return report
@@ -205,6 +207,16 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
     model.requires_grad_(False)
     inject_adapter_in_model(config, _core(model))
     cast_adapter_dtype(model, "default")
+
+
+@torch.no_grad()
+def _take_norms(core: nn.Module) -> None:
+    """DoRA's magnitudes in the adapters' precision: peft takes them in the base's, and one in bfloat16 would compute
+    something else from the start."""
+    for layer in adapted_layers(core).values():
+        module, name = adapted_parameter(layer)
+        magnitude = layer.get_submodule("lora_magnitude_vector.default").get_parameter("weight")
+        magnitude.copy_(torch.linalg.vector_norm(module.get_parameter(name).to(magnitude.dtype), dim=1))
 
 
 def _report(core: nn.Module, found: dict[str, Matrix]) -> LoRAReport:
