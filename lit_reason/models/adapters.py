@@ -15,7 +15,7 @@ Nothing here imports peft, which takes seconds: whoever only asks whether a mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -41,6 +41,12 @@ def adapted_parameter(layer: nn.Module) -> tuple[nn.Module, str]:
     while hasattr(layer, "base_layer"):
         layer = layer.get_submodule("base_layer")
     return layer, name
+
+
+def owner(name: str, layers: Collection[str]) -> str | None:
+    """The one of `adapted_layers` whose adapter has a parameter of this name; None if it is the base's."""
+    prefix, inside, _ = name.partition(".lora_")
+    return prefix if inside and prefix in layers else None
 
 
 def plain_name(name: str) -> str:
@@ -80,8 +86,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     layers = adapted_layers(model)
     weights: dict[str, Tensor] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        owner, inside, _ = name.partition(".lora_")
-        if not (inside and owner in layers):
+        if owner(name, layers) is None:
             weights[plain_name(name)] = tensor
     for prefix, layer in layers.items():
         name = plain_name(f"{prefix}.{adapted_parameter(layer)[1]}")

@@ -28,9 +28,10 @@ from lit_reason.models.adapters import (
     adapters_off,
     merged_copy,
     merged_weights,
+    owner,
     plain_name,
 )
-from lit_reason.models.lora_targets import Matrix, choose, matrices
+from lit_reason.models.lora_targets import Matrix, choose, matrices, spellings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -145,8 +146,8 @@ def add_lora(model: nn.Module, lora: LoRA) -> LoRAReport:
         model: any; of an adapter with an attribute `lm` that is a module, that.
 
     Raises:
-        ConfigError: when the model has adapters, when a target is unknown or cannot be adapted so, and when DoRA meets
-            a row of zeros, whose norm it would divide by.
+        ConfigError: when the model has adapters, when a target is unknown or cannot be adapted so, when DoRA meets a
+            row of zeros, whose norm it would divide by, and when peft adapted something else, which spoils the model.
     """
     from peft import LoraConfig
 
@@ -165,8 +166,10 @@ def add_lora(model: nn.Module, lora: LoRA) -> LoRAReport:
         task_type="CAUSAL_LM" if hasattr(core, "prepare_inputs_for_generation") else None,
     )
     _inject(model, config)
+    if lora.dora:
+        _take_norms(core)
     report = _report(core, found)
-    assert set(report.adapted) == set(names), "peft matches names by their ends"
+    _refuse_other_names(found, names, report)
     return report
 
 
@@ -174,6 +177,16 @@ def _refuse_zero_rows(core: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if not torch.linalg.vector_norm(core.get_parameter(name), dim=1).all():
             raise ConfigError(f"{name} has a row of zeros, whose norm DoRA divides by: type adapter.dora=false")
+
+
+def _refuse_other_names(found: dict[str, Matrix], names: Sequence[str], report: LoRAReport) -> None:
+    """peft takes a DeepSeek-V3's dense `gate_proj`, `up_proj` and `down_proj` for its routed experts'."""
+    if wrong := sorted(set(names) ^ set(report.adapted)):
+        right = sorted({spellings(name, found[name].stacked)[0] for name in names if name in report.adapted})
+        raise ConfigError(
+            f"peft takes the targets for others than these: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}. "
+            f"Load the model anew and type adapter.targets=[{','.join(right)}]"
+        )
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -196,14 +209,23 @@ def _inject(model: nn.Module, config: LoraConfig) -> None:
     cast_adapter_dtype(model, "default")
 
 
+@torch.no_grad()
+def _take_norms(core: nn.Module) -> None:
+    """DoRA's magnitudes in the adapters' precision: peft takes them in the base's, and one in bfloat16 would compute
+    something else from the start."""
+    for layer in adapted_layers(core).values():
+        module, name = adapted_parameter(layer)
+        magnitude = layer.get_submodule("lora_magnitude_vector.default").get_parameter("weight")
+        magnitude.copy_(torch.linalg.vector_norm(module.get_parameter(name).to(magnitude.dtype), dim=1))
+
+
 def _report(core: nn.Module, found: dict[str, Matrix]) -> LoRAReport:
     """Reads off the model what has adapters."""
     layers = adapted_layers(core)
     count = dict.fromkeys(layers, 0)
     for name, parameter in core.named_parameters():
-        owner, inside, _ = name.partition(".lora_")
-        if inside and owner in layers:
-            count[owner] += parameter.numel()
+        if layer := owner(name, layers):
+            count[layer] += parameter.numel()
     adapted = {plain_name(f"{name}.{adapted_parameter(layer)[1]}"): count[name] for name, layer in layers.items()}
     config: LoraConfig = core.peft_config["default"]  # type: ignore[index]
     kind = config.use_dora, config.lora_dropout > 0

@@ -65,12 +65,12 @@ def choose(found: dict[str, Matrix], targets: Sequence[str] | None, *, dora: boo
         if not chosen:
             raise ConfigError("the model has no linear map to adapt: torch.nn.Linear, or stacked experts (E, out, in)")
         return sorted(chosen)
-    spellings = {name: _spellings(name, matrix.stacked) for name, matrix in found.items() if not matrix.reason}
+    known = {name: spellings(name, matrix.stacked) for name, matrix in found.items() if not matrix.reason}
     chosen = set()
     for target in targets:
-        named = {name for name, known in spellings.items() if target in known}
+        named = {name for name, spelled in known.items() if target in spelled}
         if not named:
-            hint = nearest(target, {known[0] for known in spellings.values()})
+            hint = nearest(target, {spelled[0] for spelled in known.values()})
             raise ConfigError(f"adapter.targets: nothing that can be adapted is called {target!r}; {hint}")
         for why in {found[name].cannot(dora, dropout) for name in named} - {""}:
             raise ConfigError(
@@ -81,15 +81,15 @@ def choose(found: dict[str, Matrix], targets: Sequence[str] | None, *, dora: boo
     return sorted(chosen)
 
 
-def _spellings(name: str, stacked: bool) -> list[str]:
+def spellings(name: str, stacked: bool) -> list[str]:
     """A parameter's name from its last part to the whole, the shortest first. A place in a list is no name of its own:
     "q.0" is "q" too.
 
     Example::
 
-        >>> _spellings("attn.q.2.weight", stacked=False)
+        >>> spellings("attn.q.2.weight", stacked=False)
         ['q', 'attn.q', 'q.2', 'attn.q.2']
-        >>> _spellings("ffn.experts.down", stacked=True)
+        >>> spellings("ffn.experts.down", stacked=True)
         ['experts.down', 'ffn.experts.down']
     """
     whole = (name if stacked else name.removesuffix(".weight")).split(".")

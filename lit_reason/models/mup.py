@@ -29,7 +29,8 @@ of it reads a normalised input.
     weight_decay without that factor. Embedding, norms, router and head have no matrices: they stay with AdamW.
 
     Adapters are peft's, initial values included: A x is of unit size at every width, and B's rate need not fall with it
-    (LoRA+, 2402.12354: the rates of A and B go as 1/width and 1). They have no matrices either.
+    (LoRA+, 2402.12354: the rates of A and B go as 1/width and 1). A's gradient does not shrink with the width: its eps
+    is smaller than it need be. Adapters have no matrices either.
 
     m = width / base width, m_i = fan_in / base fan_in of that matrix, m_L = depth / base depth.
     The final norm lies outside the blocks but sees the head's 1/m gradient, hence the same eps as theirs without m_L.

@@ -22,7 +22,7 @@ from torch import nn
 from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.models import CausalLM
 from lit_reason.models.adapters import adapters, adapters_off
-from lit_reason.models.checksum import checksum
+from lit_reason.models.checksum import base_checksum, checksum
 
 
 class Reference(ABC):
@@ -78,8 +78,7 @@ class Frozen(Reference):
             super().bind(policy)
             self._checksum = checksum(self._model)
         else:
-            with adapters_off(policy):
-                self._checksum = checksum(policy, frozen_only=True)
+            self._checksum = base_checksum(policy)
 
     @contextmanager
     def model(self) -> Iterator[CausalLM]:

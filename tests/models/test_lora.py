@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lit_reason.config.instantiate import instantiate
 from lit_reason.data.tokenizer import ByteTokenizer
 from lit_reason.errors import CheckpointError, ConfigError
 from lit_reason.models import Base, ModelConfig, Transformer, parameter_roles
-from lit_reason.models.checksum import checksum
+from lit_reason.models.checksum import base_checksum, checksum
 from lit_reason.models.lora import (
     LoRA,
     adapters,
@@ -23,6 +25,7 @@ from lit_reason.models.lora import (
     merged_weights,
     save_adapters,
 )
+from lit_reason.optim import parameter_groups
 from lit_reason.optim.adamw import AdamW
 from lit_reason.optim.muon import Muon
 from lit_reason.rollout import BuiltinEngine, Sampling
@@ -232,16 +235,20 @@ def test_targets_are_found_by_their_last_parts(ours):
     assert adapted("down") == dense | {f"{b}.ffn.shared.down.weight" for b in blocks[1:]}
 
 
-def test_a_half_precision_base_has_adapters_in_float32(ours):
-    model = ours().bfloat16()
-    report = add_lora(model, LoRA(rank=4))
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_half_precision_base_has_adapters_in_float32(dora):
+    model = Wrapped(llama()).bfloat16()
+    before = model(IDS)
+    report = add_lora(model, LoRA(rank=4, dora=dora))
+    assert torch.equal(model(IDS), before)
+    assert torch.equal(merged_copy(model)(IDS), before)
     own = [p for name, p in model.named_parameters() if ".lora_" in name]
     assert {p.dtype for p in own} == {torch.float32} and sum(p.numel() for p in own) == report.trainable
-    adapted = disturb(model)(IDS)
-    merged = merged_copy(model)
-    assert merged.blocks[0].attn.kv_b.weight.dtype == torch.bfloat16
-    exact = merged_copy(model.double())(IDS)
-    assert distance(merged(IDS).double(), exact) < 3 * distance(adapted.double(), exact) + 1e-2
+    merged = merged_copy(disturb(model))
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    adapted, exact = model(IDS).double(), merged_copy(model.double())(IDS)
+    assert distance(exact, before) > 0.1
+    assert distance(merged(IDS).double(), exact) < 3 * distance(adapted, exact)
 
 
 def test_optimizer_memory_of_the_shipped_size(pytestconfig):
@@ -288,6 +295,60 @@ def test_strangers_load_saved_adapters_onto_the_plain_model(tmp_path, monkeypatc
     report = load_adapters(mine, tmp_path)
     assert torch.equal(mine(IDS), adapted)
     assert report.trainable == sum(p.numel() for p in mine.parameters() if p.requires_grad) > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_stacked_experts_of_other_models(tmp_path, monkeypatch, kind):
+    """Mixtral's are (E, out, in), those of gpt-oss (E, in, out)."""
+    from peft import PeftModel
+
+    def make():
+        torch.manual_seed(0)
+        names = {"mixtral": ("MixtralConfig", "MixtralForCausalLM"), "gpt_oss": ("GptOssConfig", "GptOssForCausalLM")}
+        config, cls = (getattr(transformers, name) for name in names[kind])
+        return cls(
+            config(
+                vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
+                head_dim=8, pad_token_id=0,
+            )
+        ).eval()  # fmt: skip
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = make()
+    before = model(IDS).logits
+    report = add_lora(model, LoRA(rank=4, targets=["experts.gate_up_proj", "experts.down_proj", "q_proj"]))
+    assert torch.equal(model(IDS).logits, before)
+    assert len(report.adapted) == 2 * 3
+    adapted = disturb(model)(IDS).logits
+    assert distance(adapted, before) > 1e-2
+    torch.testing.assert_close(merged_copy(model)(IDS).logits, adapted, rtol=0, atol=1e-5)
+    assert set(parameter_roles(model)) == {name for name, _ in model.named_parameters()}
+    save_adapters(model, tmp_path, base="x")
+    theirs = PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(theirs(IDS).logits, adapted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_what_peft_takes_for_something_else_is_refused_with_what_to_type():
+    def make():
+        return transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(
+                vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1,
+                topk_group=1, first_k_dense_replace=1, max_position_embeddings=64,
+            )
+        ).eval()  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj\.weight, .*adapter\.targets=\[") as error:
+        add_lora(make(), LoRA(rank=4))
+    targets = str(error.value).rpartition("=[")[2].removesuffix("]").split(",")
+    model = make()
+    report = add_lora(model, LoRA(rank=4, targets=targets))
+    assert len(report.adapted) == 2 * 5 + 2
+    adapted = disturb(model)(IDS).logits
+    torch.testing.assert_close(merged_copy(model)(IDS).logits, adapted, rtol=0, atol=1e-5)
 
 
 def test_peft_and_we_read_adapters_of_our_model(ours, tmp_path):
@@ -338,6 +399,13 @@ def test_folders_that_do_not_fit_are_refused(ours, edit, tmp_path):
         path.write_text(json.dumps(right | change))
         with pytest.raises(CheckpointError, match=next(iter(change))):
             load_adapters(ours(), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("none", {}), ("lora", LoRA()), ("dora", LoRA(dora=True))])
+def test_the_configs(pytestconfig, name, adapter):
+    path = pytestconfig.rootpath / "conf" / "adapter" / f"{name}.yaml"
+    node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (instantiate(node) if node else node) == adapter
 
 
 PROMPTS = [Prompt(f"{i:016x}", "", "", "test", ids) for i, ids in enumerate([(5, 6, 7, 8), (9, 3), (30,) * 9])]
@@ -407,13 +475,14 @@ def test_engines_in_half_precision_refresh_their_copy(byte_model):
 def wide(width):
     m = width // 64
     return ModelConfig(
-        width=width, depth=4, heads=2 * m, q_lora_rank=32 * m, kv_lora_rank=16 * m, ffn_width=96 * m,
-        expert_width=24 * m, base=Base(64, depth=2, heads=2, q_lora_rank=32, kv_lora_rank=16, ffn_width=96, expert_width=24),
+        width=width, depth=4, heads=2 * m, q_lora_rank=32 * m, kv_lora_rank=16 * m,
+        ffn_width=96 * m, expert_width=24 * m,
+        base=Base(64, depth=2, heads=2, q_lora_rank=32, kv_lora_rank=16, ffn_width=96, expert_width=24),
     )  # fmt: skip
 
 
 def test_roles_at_two_widths():
-    """At m = 4 times the base's width and twice its depth: A as its matrix, B and magnitudes at the rate of the base."""
+    """At m = 4 times the base's width and twice its depth: A's rate as its matrix's, B's as at the base."""
     roles = {}
     for width in (64, 256):
         model = Transformer(wide(width))
@@ -442,6 +511,31 @@ def test_the_spread_of_a_is_its_roles():
             a, role = (source(f"blocks.1.{name}.default.weight") for source in (model.get_parameter, roles.get))
             assert role.init_std == pytest.approx((3 * a.shape[-1]) ** -0.5)
             assert a.std().item() == pytest.approx(role.init_std, rel=0.03)
+
+
+def first_a_after_training(width, exempt):
+    """RMS of A x in the first block after four steps; `exempt`: with A's rate as at the base's width."""
+    torch.manual_seed(0)
+    model = Transformer(wide(width))
+    add_lora(model, LoRA(rank=8, targets=["kv_a", "kv_b", "out"]))
+    roles = parameter_roles(model)
+    if exempt:
+        roles = {name: replace(role, lr=1.0) if role.kind == "lora_a" else role for name, role in roles.items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=2**-6, weight_decay=0.0, eps=1e-12, roles=roles))
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(IDS[:, :-1]).flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        optimizer.step()
+    seen = []
+    model.blocks[0].attn.kv_a.lora_A["default"].register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+    model(IDS)
+    return seen[0].square().mean().sqrt().item()
+
+
+def test_a_moves_as_much_at_every_width():
+    at_base = first_a_after_training(64, exempt=False)
+    assert first_a_after_training(256, exempt=False) == pytest.approx(at_base, rel=0.1)
+    assert first_a_after_training(256, exempt=True) > 1.3 * at_base
 
 
 def test_roles_of_what_is_frozen_and_of_magnitudes(ours):
@@ -488,8 +582,10 @@ def test_optimizers_take_the_adapters_alone(ours, recipe):
 
 def test_copies_checksums_and_routers_of_a_model_with_adapters(ours):
     model = ours()
+    base = checksum(model)
     add_lora(model, LoRA(rank=4))
     disturb(model)
+    assert base_checksum(model) == base == base_checksum(ours()) != checksum(model)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS), model(IDS)) and checksum(twin) == checksum(model)
     disturb(twin, seed=2)
