@@ -31,14 +31,13 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> EvalReport:
     """Evaluate, print the table, write `items.jsonl` and `summary.json`; earlier ones are renamed, not overwritten."""
-    from lit_reason import zoo
     from lit_reason.cli.build import build
-    from lit_reason.cli.stages import evaluate_model
+    from lit_reason.cli.stages import evaluate_model, load_checkpoint
     from lit_reason.report.records import set_aside
 
-    loaded = zoo.load(cfg.checkpoint)
-    data = build(cfg, "data", tokenizer=loaded.tokenizer)
-    report = evaluate_model(cfg, loaded.model, data, pick_device(cfg.device))
+    model, tokenizer = load_checkpoint(cfg.checkpoint)
+    data = build(cfg, "data", tokenizer=tokenizer)
+    report = evaluate_model(cfg, model, data, pick_device(cfg.device))
     items, summary = Path(cfg.run_dir) / "items.jsonl", Path(cfg.run_dir) / "summary.json"
     for path in (items, summary):
         set_aside(path)

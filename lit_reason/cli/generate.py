@@ -33,18 +33,18 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> list[Completion]:
     """Generate and print, question by question."""
-    from lit_reason import zoo
     from lit_reason.cli.build import build
+    from lit_reason.cli.stages import load_checkpoint
     from lit_reason.data import default_chat, prompt_id
     from lit_reason.rollout import request_seed
     from lit_reason.types import Prompt
 
-    loaded = zoo.load(cfg.checkpoint)
-    chat = default_chat(loaded.tokenizer)
-    engine = build(cfg, "rollout.engine", tokenizer=loaded.tokenizer)()
-    engine.push(loaded.model.to(pick_device(cfg.device)), version=0)
+    model, tokenizer = load_checkpoint(cfg.checkpoint)
+    chat = default_chat(tokenizer)
+    engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
+    engine.push(model.to(pick_device(cfg.device)), version=0)
     prompts = [
-        Prompt(prompt_id(text), text, "", "cli", tuple(chat.prompt_ids(loaded.tokenizer, text)))
+        Prompt(prompt_id(text), text, "", "cli", tuple(chat.prompt_ids(tokenizer, text)))
         for text in questions(cfg)
         for _ in range(cfg.n)
     ]

@@ -24,14 +24,15 @@ from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.checkpoint.atomic import write_bytes
 from lit_reason.cli.build import build
+from lit_reason.cli.hf import hf_folder, save_hf_policy, start_hf
 from lit_reason.cli.values import HANDED_IN
 from lit_reason.config.parameters import with_defaults
 from lit_reason.config.resolve import to_plain
-from lit_reason.data import PromptCursor, PromptData, Tokenizer
+from lit_reason.data import PromptCursor, PromptData, Tokenizer, load_tokenizer
 from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
 from lit_reason.loop import RolloutLoop
-from lit_reason.models import Transformer
+from lit_reason.models import HFConfig, HFModel, Transformer
 from lit_reason.models.adapters import adapters, merged_copy
 from lit_reason.models.lora import save_adapters
 from lit_reason.modules import LanguageModule, PolicyModule, PretrainModule, Reference, SFTModule, Teacher
@@ -58,11 +59,13 @@ TRAINER = {
 }
 
 
-def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer]:
+def start(cfg: DictConfig, weights: Path | None) -> tuple[PromptData, Transformer | HFModel]:
     """The stage's data, and its model: `weights` of the stage before, else `init`, else random weights."""
     data: PromptData = build(cfg, "data")
     name = weights if weights is not None else cfg.init
     config = build(cfg, "model")
+    if isinstance(config, HFConfig):
+        return data, start_hf(config, data.tokenizer, weights)
     if name is not None:
         model = load_model(name, data.tokenizer)
         if weights is None and model.config != config:
@@ -87,8 +90,16 @@ def load_model(name: str | Path, tokenizer: Tokenizer) -> Transformer:
     return found.model.float()  # bfloat16 weights lose small updates; trainer.precision says what is computed in
 
 
-def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
-    """The finished stage as a zoo folder, `<run_dir>/model`: weights, card, golden log-probs."""
+def load_checkpoint(name: str | Path) -> tuple[Transformer | HFModel, Tokenizer]:
+    """A saved model and its tokenizer: a zoo name, or `dir:PATH` of a zoo folder or of a folder of transformers."""
+    if folder := hf_folder(name):
+        return HFConfig(str(folder)).build(), load_tokenizer(folder)
+    found = zoo.load(name)
+    return found.model, found.tokenizer
+
+
+def save_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData) -> Path:
+    """The finished stage in `<run_dir>/model`: a zoo folder (weights, card, golden log-probs), or transformers' own."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
     if adapters(model):  # folded in below
         save_adapters(model, Path(cfg.run_dir) / "adapter", base=str(cfg.init or cfg.model.get("name") or ""))
@@ -98,6 +109,8 @@ def save_model(cfg: DictConfig, model: Transformer, data: PromptData) -> Path:
     recipe: dict[str, Any] = {key: value for key, value in plain.items() if key in RECIPE}
     recipe["trainer"].pop("default_root_dir", None)
     info = {"recipe": OmegaConf.to_yaml(recipe), "seed": cfg.seed, "commit": commit(), "metrics": metrics}
+    if isinstance(model, HFModel):
+        return save_hf_policy(path, model, data, info)
     return zoo.save(path, model, data.tokenizer, info, overwrite=True)
 
 
@@ -241,7 +254,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     return save_model(cfg, model, data)
 
 
-def check_context(data: PromptData, model: Transformer) -> None:
+def check_context(data: PromptData, model: Transformer | HFModel) -> None:
     """Refuses, before anything is generated, a prompt that leaves no room for an answer."""
     longest = max(data.prompts("all"), key=lambda prompt: len(prompt.token_ids))
     tokens, room = len(longest.token_ids), model.config.max_seq_len
@@ -252,7 +265,7 @@ def check_context(data: PromptData, model: Transformer) -> None:
         )
 
 
-def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData, device: torch.device) -> EvalReport:
+def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device) -> EvalReport:
     """The stage's rewards, and the format-blind answer, on held-out problems. Leaves the model on `device`."""
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it

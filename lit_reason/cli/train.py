@@ -55,6 +55,8 @@ def main() -> None:
 def check(cfg: DictConfig) -> None:
     """Everything that can be known to be wrong before training; the run-level values need no torch."""
     check_run(cfg)
+    if _is_hf(cfg) and cfg.init is not None:
+        raise ConfigError(f"init={cfg.init}: with model=hf the weights are those of model.name. Type init=null")
     _check_later_stages(cfg)
     parts = {stage: stage_config(cfg, stage) for stage in cfg.stages}
     stage_resume(cfg, cfg.stages[0])
@@ -83,11 +85,11 @@ def run(cfg: DictConfig) -> Path:
     """Run every stage; each starts from the weights that the one before it left.
 
     Returns:
-        The folder of the last stage's weights, in the zoo's format.
+        The folder of the last stage's weights, in the zoo's format, or in transformers' for model=hf.
     """
     if cfg.extras.print_config:
         print_config(cfg)
-    if cfg.stages[0] == "rl" and cfg.init is None:
+    if cfg.stages[0] == "rl" and cfg.init is None and not _is_hf(cfg):
         log.warning(
             "init=null: RL starts from random weights, whose answers earn no reward, so it learns nothing. "
             "Type init=arith-1m.sft (lit-reason-zoo list), or 'stages=[pretrain,sft,rl]'"
@@ -97,6 +99,11 @@ def run(cfg: DictConfig) -> Path:
         weights = run_stage(stage_config(cfg, stage), stage, stage_resume(cfg, stage), weights)
     assert weights is not None  # check_run refuses an empty list of stages
     return weights
+
+
+def _is_hf(tree: Mapping[str, Any]) -> bool:
+    """Whether `model` is one of transformers, which has weights of its own."""
+    return str((tree.get("model") or {}).get("_target_")).endswith(".HFConfig")
 
 
 def run_stage(cfg: DictConfig, stage: str, resume: str, weights: Path | None) -> Path:
@@ -165,9 +172,10 @@ class Done:
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:
             found = "; ".join(f"{k}: got {now.get(k)!r}, saved {then.get(k)!r}" for k in changed)
+            go_on = f"model.name={weights}" if _is_hf(settings) else f"init=dir:{weights}"
             raise CheckpointError(
                 f"{self.path.parent} is done, with other settings: {found}. Type run_name=ANOTHER to begin anew, with "
-                f"init=dir:{weights} to go on from these weights, or resume=never to set this run aside"
+                f"{go_on} to go on from these weights, or resume=never to set this run aside"
             )
         return weights if weights.is_dir() else None
 

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class HFConfig:
             name = self.name
         try:
             config = without_noise(AutoConfig.from_pretrained(name, **safe))
-            lm, info = AutoModelForCausalLM.from_pretrained(
+            lm, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 name,
                 config=config,
                 dtype=DTYPES[self.dtype],
@@ -117,6 +117,11 @@ class HFConfig:
                 f"model.name={self.name}: the files lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
                 "which would stay random. Give the folder of a causal language model, not of a classifier or an adapter"
             )
+        if lm.generation_config is not None:
+            try:
+                lm.generation_config.validate(strict=True)
+            except ValueError:  # a temperature without do_sample, say: it loads, but could not be saved after training
+                lm.generation_config.do_sample = True
         return HFModel(lm).train()
 
 
@@ -138,16 +143,16 @@ class HFModel(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
+        self.train(lm.training)
         self.kinds, self.window = attention_kinds(lm)
-        if not isinstance(lm.get_output_embeddings(), nn.Module):
+        if not isinstance(output := lm.get_output_embeddings(), nn.Linear):
             raise ConfigError(f"{type(lm).__name__} names no output embeddings, so it is no causal language model")
-        vocab_size = lm.get_output_embeddings().weight.shape[0]
         source = lm.config.to_json_string(use_diff=False)
-        self.config = HFShape(context(lm.config), vocab_size, source=source)
+        self.config = HFShape(context(lm.config), output.weight.shape[0], source=source)
         check_against(self, lm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HFModel:  # type: ignore[override]
-        """Trap: `.to(bfloat16)` would round the rotary frequencies, and far positions with them; buffers keep theirs."""
+        """Trap: `.to(bfloat16)` would round the rotary frequencies; buffers keep their dtype."""
         kept = {name: buffer.detach() for name, buffer in self.named_buffers()}
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
@@ -166,7 +171,13 @@ class HFModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm.get_input_embeddings().weight.device
+        return self._embedding.device
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight = self.lm.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def hidden(
         self, input_ids_BT: Tensor, valid_BT: Tensor | None = None, cache: PositionCache | None = None
@@ -222,8 +233,7 @@ class HFModel(nn.Module):
         """One token per row at `position_B`; logits_BV of the next."""
         from lit_reason.models.hf_cache import decode_mask
 
-        dtype = self.lm.get_input_embeddings().weight.dtype
-        mask = decode_mask(self.kinds, self.window, position_B, cache.at(position_B), dtype)
+        mask = decode_mask(self.kinds, self.window, position_B, cache.at(position_B), self._embedding.dtype)
         return self.head(self._trunk(token_B[:, None], mask, position_B[:, None], cache)[:, 0])
 
     def _trunk(self, ids_BT: Tensor, mask: Any, position_BT: Tensor, cache: PositionCache | None) -> Tensor:
@@ -255,7 +265,7 @@ class HFModel(nn.Module):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
-            self.lm.save_pretrained(temporary)
+            self.lm.save_pretrained(str(temporary))
             if extra is not None:
                 extra(temporary)
             os.replace(temporary, folder)
@@ -273,7 +283,7 @@ class Head(nn.Module):
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
-        self.output, config = lm.get_output_embeddings(), lm.config
+        self.output, config = cast(nn.Linear, lm.get_output_embeddings()), lm.config
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.scale *= getattr(config, "lm_head_multiplier", None) or 1.0
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -338,8 +348,7 @@ def without_noise(config: Any) -> Any:
 def check_against(model: HFModel, lm: PreTrainedModel) -> None:
     """Raises ConfigError unless trunk, head, padding and cache give the logits that `lm` gives without any of them."""
     ids_T = (torch.arange(5, device=model.device) * 7 + 3) % model.config.vocab_size
-    training, dtype = lm.training, lm.get_input_embeddings().weight.dtype
-    tolerance = 1e-3 if dtype.itemsize >= 4 else 0.25  # in bfloat16 a token may be routed to another expert
+    training = lm.training
     lm.eval()
     try:
         wrong = "its head" if not _same_head(model, lm, ids_T) else None
@@ -348,6 +357,7 @@ def check_against(model: HFModel, lm: PreTrainedModel) -> None:
         cache = model.new_cache(2, 4)
         ours = model.prefill(padded_BT, length_B, cache), model.decode(ids_T[length_B], length_B, cache)
         theirs_TV = lm(input_ids=ids_T[None], use_cache=False).logits[0]
+        tolerance = 1e-3 if theirs_TV.dtype.itemsize >= 4 else 0.25  # in bfloat16 another expert may be chosen
         for got_BV, want_BV in zip(ours, (theirs_TV[length_B - 1], theirs_TV[length_B]), strict=True):
             if not (got_BV - want_BV).abs().max() <= tolerance * want_BV.abs().max():
                 wrong = wrong or "causal attention over right-padded rows and a cache"
@@ -361,7 +371,7 @@ def check_against(model: HFModel, lm: PreTrainedModel) -> None:
     if wrong:
         raise ConfigError(
             f"{type(lm).__name__} computes other logits than its trunk and output embeddings give here ({wrong}), so "
-            "its log-probs would be wrong. Take another model.name"
+            "its log-probs would be wrong. Take another model.name (a causal decoder)"
         )
 
 

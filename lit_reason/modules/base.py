@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import NonFiniteError
-from lit_reason.models import Transformer
+from lit_reason.models import HFModel, Transformer
 from lit_reason.models.moe import Router
 from lit_reason.optim import OptimizerRecipe
 
@@ -26,7 +26,7 @@ class LanguageModule(L.LightningModule):
             (2408.15664); 0 freezes the biases.
     """
 
-    def __init__(self, model: Transformer, optimizer: OptimizerRecipe, router_bias_rate: float) -> None:
+    def __init__(self, model: Transformer | HFModel, optimizer: OptimizerRecipe, router_bias_rate: float) -> None:
         super().__init__()
         self.model = model
         self.optimizer_recipe = optimizer

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_reason.errors import ConfigError
-from lit_reason.models import Transformer
+from lit_reason.models import HFModel, Transformer
 from lit_reason.modules.base import LanguageModule
 from lit_reason.optim import OptimizerRecipe
 from lit_reason.types import TokenBatch
@@ -26,7 +26,9 @@ class PretrainModule(LanguageModule):
         router_bias_rate: see `LanguageModule`; DeepSeek-V3 trains with 1e-3.
     """
 
-    def __init__(self, model: Transformer, optimizer: OptimizerRecipe, router_bias_rate: float = 1e-3) -> None:
+    def __init__(
+        self, model: Transformer | HFModel, optimizer: OptimizerRecipe, router_bias_rate: float = 1e-3
+    ) -> None:
         super().__init__(model, optimizer, router_bias_rate)
 
     def on_fit_start(self) -> None:

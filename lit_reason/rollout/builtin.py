@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
-from lit_reason.models import Transformer
+from lit_reason.models import CausalLM, Transformer
 from lit_reason.models.adapters import adapters, merged_copy, merged_weights
-from lit_reason.models.cache import LatentCache
 from lit_reason.models.layers import round_up
 from lit_reason.rollout.engine import OnProgress, Progress
 from lit_reason.rollout.sampling import Sampling, draw, uniforms
@@ -61,7 +61,7 @@ class BuiltinEngine:
             raise ConfigError(f"rollout.engine.max_rows={max_rows}: must be at least 1")
         self.tokenizer, self.dtype, self.max_rows = tokenizer, dtypes[dtype], max_rows
         self.speculative, self.drafted, self.accepted = speculative, 0, 0
-        self._model: Transformer | None = None
+        self._model: nn.Module | None = None
         self._shares = False  # whether `_model` is the policy itself
         self._version = -1
 
@@ -69,16 +69,24 @@ class BuiltinEngine:
         return self._version
 
     @property
-    def model(self) -> Transformer:
+    def model(self) -> CausalLM:
         """The weights that generate. Raises RolloutError before the first push."""
         if self._model is None:
             raise RolloutError("the engine has no weights yet: call engine.push(model, version) first")
-        return self._model
+        return cast(CausalLM, self._model)
 
     @torch.no_grad()
     def push(self, model: nn.Module, version: int) -> None:
-        if not isinstance(model, Transformer):
-            raise RolloutError(f"the builtin engine runs lit_reason.models.Transformer, got {type(model).__name__}")
+        if not isinstance(model, CausalLM):
+            raise RolloutError(
+                f"the builtin engine runs a lit_reason.models.CausalLM, got {type(model).__name__}: wrap a model of "
+                "transformers in lit_reason.models.HFModel(model)"
+            )
+        if self.speculative and not isinstance(model, Transformer):
+            raise ConfigError(
+                f"rollout.engine.speculative=true: a {type(model).__name__} has no multi-token-prediction module that "
+                "could draft. Type rollout.engine.speculative=false"
+            )
         if self.speculative and not model.config.mtp_depth:
             raise ConfigError(
                 "rollout.engine.speculative=true: the model has no multi-token-prediction module (model.mtp_depth=0) "
@@ -87,7 +95,7 @@ class BuiltinEngine:
         shared, self._shares = self._shares, self.dtype == torch.float32 and not adapters(model)
         if self._shares:
             self._model = model
-        elif self._model is None or shared or self._model.config != model.config:
+        elif self._model is None or shared or self.model.config != model.config:
             self._model = merged_copy(model).to(self.dtype).requires_grad_(False).eval()
         else:
             sources = merged_weights(model)
@@ -114,8 +122,9 @@ class BuiltinEngine:
                     f"(model.max_seq_len={limit} leaves at least one token for the answer)"
                 )
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
-        was_training = self.model.training
-        self.model.eval()
+        module = cast(nn.Module, self._model)
+        was_training = module.training
+        module.eval()
         meter = _Meter(len(prompts), progress)
         completions: list[Completion] = []
         try:
@@ -135,7 +144,7 @@ class BuiltinEngine:
                         Completion(prompt.id, idx, tuple(ids), tuple(logprobs), text, finish, self._version, seed)
                     )
         finally:
-            self.model.train(was_training)
+            module.train(was_training)
         return completions
 
     def _chunk(
@@ -183,13 +192,14 @@ class BuiltinEngine:
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, meter: _Meter
     ) -> list[tuple[list[int], list[float], bool]]:
         stop_ids = torch.tensor(self.tokenizer.stop_ids, device=self.model.device)
-        rows, drafted, accepted = generate_with_drafts(self.model, prompts, sampling.max_tokens, stop_ids, meter.update)
+        model = cast(Transformer, self._model)  # `push` refuses another
+        rows, drafted, accepted = generate_with_drafts(model, prompts, sampling.max_tokens, stop_ids, meter.update)
         self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
         meter.chunk_done(len(prompts))
         return rows
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[LatentCache, Tensor]:
-        """Reads each distinct prompt once, then fans its latents and logits out to every row that has it."""
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor]:
+        """Reads each distinct prompt once, then fans its cache and logits out to every row that has it."""
         device = self.model.device
         first = {ids: i for i, ids in enumerate(dict.fromkeys(prompts))}
         length = torch.tensor([len(ids) for ids in first], device=device)
