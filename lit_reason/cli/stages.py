@@ -41,9 +41,12 @@ log = logging.getLogger(__name__)
 
 # What decides a model's numbers, for its card; paths and callbacks do not.
 RECIPE = (
-    *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rollout", "algorithm", "optimizer"),
-    *("kernels", "trainer", "router_bias_rate", "evaluation"),
+    *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rubric", "rollout", "algorithm"),
+    *("optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
 )
+
+# What an evaluation takes over from `rubric`: all but the transforms, since it reports what the verifiers said.
+AS_VERIFIED = ("weights", "max_fault_fraction", "slow_s")
 
 # What records and rollouts need of Lightning's Trainer; a key of the same name under `trainer` wins.
 TRAINER = {
@@ -174,7 +177,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
-    rubric = Rubric(build(cfg, "reward"), max_fault_fraction=cfg.rollout.max_fault_fraction)
+    rubric = build(cfg, "rubric", rewards=build(cfg, "reward"))()
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
     check_context(data, model)
@@ -227,7 +230,7 @@ def check_context(data: PromptData, model: Transformer) -> None:
 
 
 def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData, device: torch.device) -> EvalReport:
-    """The stage's rewards, and the format-blind answer, on held-out problems. Leaves the model on `device`."""
+    """Verified rewards and the format-blind answer, on held-out problems. Leaves the model on `device`."""
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
@@ -239,7 +242,7 @@ def evaluate_model(cfg: DictConfig, model: Transformer, data: PromptData, device
     return evaluate(
         engine,
         prompts,
-        Rubric(rewards, max_fault_fraction=cfg.rollout.max_fault_fraction),
+        Rubric(rewards, **{key: value for key, value in to_plain(cfg.rubric).items() if key in AS_VERIFIED}),
         sampling=sampling,
         k=cfg.evaluation.k,
         seed=cfg.seed,

@@ -9,12 +9,13 @@
 | kl.py          | k1, k2, k3, k3_plus, k3_corrected, in the loss, the reward or each token's reward               |
 | correction.py  | optional: engine against trainer, truncate or mask, by token, sequence or geometric mean        |
 
-Pure functions beside the axes: critic.py (GAE, value loss), distillation.py (generalised JSD).
+Pure functions beside the axes: critic.py (GAE, value loss), distillation.py (generalised JSD), sampling.py (which
+groups carry a signal).
 
 A new choice is one function and one line in its file's table.
 """
 
-from lit_reason.objectives.advantage import ADVANTAGES, conditioned
+from lit_reason.objectives.advantage import ADVANTAGES
 from lit_reason.objectives.aggregation import AGGREGATIONS
 from lit_reason.objectives.clip import CLIPS
 from lit_reason.objectives.correction import CORRECTIONS, Correction
@@ -23,6 +24,7 @@ from lit_reason.objectives.distillation import generalised_jsd
 from lit_reason.objectives.kl import ESTIMATORS
 from lit_reason.objectives.objective import Objective, ObjectiveOutput, check_group_size
 from lit_reason.objectives.ratio import RATIOS
+from lit_reason.objectives.sampling import informative
 from lit_reason.objectives.surrogate import Surrogate
 
 __all__ = [
@@ -37,8 +39,8 @@ __all__ = [
     "ObjectiveOutput",
     "Surrogate",
     "check_group_size",
-    "conditioned",
     "gae",
     "generalised_jsd",
+    "informative",
     "value_loss",
 ]
