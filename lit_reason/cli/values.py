@@ -128,6 +128,10 @@ def _check_rl(cfg: DictConfig) -> int:
 
     from lit_reason.objectives import check_group_size
 
+    if (curriculum := OmegaConf.select(cfg, "data.curriculum")) is not None:
+        from lit_reason.data.curriculum import check_curriculum
+
+        check_curriculum(checked_build(cfg, "data.curriculum") if OmegaConf.is_dict(curriculum) else curriculum)
     check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
     if shape.updates > 1 and not objective.has_ratio:
         raise ConfigError(

@@ -75,6 +75,9 @@ def check(*overrides):
         ("rubric.conditions.length.on=format", "rubric.conditions.length lacks 'at_least'. Type"),
         ("rubric.clip={length: [1, 0]}", r"rubric.clip.length=\[1, 0\]; valid: low <= high. Type"),
         ("rubric.scale.anwser=2", "rubric.scale.anwser: there is no reward 'anwser': did you mean 'answer'"),
+        ("data.curriculum={_target_: lit_reason.data.Curriculum, start: 0}", "data.curriculum.start=0; valid: above 0"),
+        ("data.curriculum={_target_: lit_reason.data.Curriculum, round: 9}", "curriculum.round .*mean .rounds."),
+        ("data.curriculum={start: 0.5}", "data.curriculum=.*; valid: a node with a _target_"),
         ("rubric=null", "rubric=None; valid: a node with a _target_"),
         ("priming=null", "priming=None; valid: a node with a _target_"),
         ("priming.seq_len=0", "priming.seq_len=0; valid: a whole number of 1 or more"),
@@ -121,6 +124,7 @@ def test_the_message_names_the_stage_and_how_to_set_it_there_alone():
         ["experiment=arith_gdpo", "rubric.conditions.length={on: answer, at_least: 1.0}"],
         ["experiment=arith_gdpo", "+rubric.conditions={length: {on: answer, at_least: 1}}"],
         ["experiment=arith_gdpo", "rubric.conditions={length: {on: answer, at_least: 1}}", "rubric.scale.length=2"],
+        ["experiment=arith_gdpo", "data.curriculum={_target_: lit_reason.data.Curriculum, rounds: 9}"],
         ["stages=[pretrain]", "trainer.max_steps=5", "trainer.devices=2", "reward=[]"],
     ],
 )
