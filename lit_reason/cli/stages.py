@@ -45,10 +45,12 @@ log = logging.getLogger(__name__)
 
 # What decides a model's numbers, for its card; paths and callbacks do not.
 RECIPE = (
-    *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rollout", "algorithm", "optimizer"),
-    *("reference", "adapter"),
-    *("kernels", "trainer", "router_bias_rate", "evaluation"),
+    *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rubric", "rollout", "algorithm"),
+    *("reference", "adapter", "optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
 )
+
+# What an evaluation takes over from `rubric`: all but the transforms, since it reports what the verifiers said.
+AS_VERIFIED = ("weights", "max_fault_fraction", "slow_s")
 
 # What records and rollouts need of Lightning's Trainer; a key of the same name under `trainer` wins.
 TRAINER = {
@@ -150,8 +152,14 @@ def make_reference(cfg: DictConfig, data: PromptData) -> Reference:
     """The stage's reference; a teacher is loaded."""
     reference: Reference = build(cfg, "reference")
     if isinstance(reference, Teacher):
-        reference.load(lambda name: load_model(name, data.tokenizer))
+        reference.load(lambda name: load_teacher(name, data.tokenizer))
     return reference
+
+
+def load_teacher(name: str, tokenizer: Tokenizer) -> nn.Module:
+    """A model of the zoo, or `dir:PATH` of a zoo folder or of transformers'; DataError for another tokenizer."""
+    folder = hf_folder(name)
+    return load_model(name, tokenizer) if folder is None else start_hf(HFConfig(str(folder)), tokenizer, None)
 
 
 def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
@@ -209,7 +217,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
-    rubric = Rubric(build(cfg, "reward"), max_fault_fraction=cfg.rollout.max_fault_fraction)
+    rubric = build(cfg, "rubric", rewards=build(cfg, "reward"))()
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
     check_context(data, model)
@@ -228,7 +236,9 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         engine, sampling, rubric.score, updates=shape.updates, log_kl=cfg.rollout.log_kl, progress=on_progress
     )
     loop = RolloutLoop(
-        PromptCursor(data.train_prompts(), seed=cfg.seed),
+        PromptCursor(
+            data.train_prompts(), cfg.seed, curriculum=data.curriculum, prompts_per_round=shape.prompts_per_round
+        ),
         stages,
         shape,
         request_seed=request_seed,
@@ -266,7 +276,7 @@ def check_context(data: PromptData, model: Transformer | HFModel) -> None:
 
 
 def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device) -> EvalReport:
-    """The stage's rewards, and the format-blind answer, on held-out problems. Leaves the model on `device`."""
+    """Verified rewards and the format-blind answer, on held-out problems. Leaves the model on `device`."""
     engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
@@ -278,7 +288,7 @@ def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptDa
     return evaluate(
         engine,
         prompts,
-        Rubric(rewards, max_fault_fraction=cfg.rollout.max_fault_fraction),
+        Rubric(rewards, **{key: value for key, value in to_plain(cfg.rubric).items() if key in AS_VERIFIED}),
         sampling=sampling,
         k=cfg.evaluation.k,
         seed=cfg.seed,

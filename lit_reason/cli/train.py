@@ -41,10 +41,14 @@ EVALUATION = "evaluation"
 LOCKED = (
     *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),
     *("reference", "adapter"),
+    # A run that stopped on too many faults may go on with another limit of them.
+    *(f"rubric.{key}" for key in ("_target_", "weights", "scale", "clip", "conditions")),
     *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
 )
+# Nodes that are younger than some runs, as those runs used them.
+BEFORE = {"rubric": {"_target_": "lit_reason.rewards.Rubric", "_partial_": True}}
 
 
 def main() -> None:
@@ -188,7 +192,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
 def _filled(cfg: DictConfig, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Saved settings with the defaults that they leave out: a parameter that is new since then is no change."""
-    return with_defaults(dict(saved), cfg.allow_targets, HANDED_IN, lenient=True)
+    return with_defaults(BEFORE | dict(saved), cfg.allow_targets, HANDED_IN, lenient=True)
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.cli.build import checked_build
 from lit_reason.cli.launch import check_count
+from lit_reason.config.compose import MOVED
 from lit_reason.errors import ConfigError, nearest
 
 # Arguments that the run hands in itself, and what sets each. A key of that name would be overwritten in silence.
@@ -22,6 +23,7 @@ HANDED_IN = {
     "priming.data": "data=NAME",
     "priming.seed": "seed=VALUE",
     "rollout.engine.tokenizer": "data.tokenizer=NAME",
+    "rubric.rewards": "'reward=[NAME,...]'",
     "trainer.callbacks": "'callbacks=[NAME,...]'",
     "trainer.logger": "logger=NAME",
     "trainer.plugins": "",
@@ -46,6 +48,9 @@ def check_values(cfg: DictConfig, stage: str) -> None:
         if OmegaConf.select(cfg, key) is not None:
             instead = f". Type {typed}" if typed else ""
             raise ConfigError(f"{key} is set by the run itself; leave it out{instead}")
+    for key, now in MOVED.items():
+        if OmegaConf.select(cfg, key) is not None:
+            raise ConfigError(f"{key} has moved. Type {now}=VALUE")
     _check_number(cfg, "router_bias_rate", example=0.001)
     if stage != "pretrain":
         _check_evaluation(cfg)
@@ -79,7 +84,6 @@ def _check_number(cfg: DictConfig, key: str, example: float, most: float = math.
 def _check_evaluation(cfg: DictConfig) -> None:
     for key in ("evaluation.n", "evaluation.k"):
         check_count(cfg, key, least=0)
-    _check_number(cfg, "rollout.max_fault_fraction", example=0.01, most=1)
 
 
 def _check_supervised(cfg: DictConfig, key: str) -> None:
@@ -128,6 +132,10 @@ def _check_rl(cfg: DictConfig) -> int:
 
     from lit_reason.objectives import check_group_size
 
+    if (curriculum := OmegaConf.select(cfg, "data.curriculum")) is not None:
+        from lit_reason.data.curriculum import check_curriculum
+
+        check_curriculum(checked_build(cfg, "data.curriculum") if OmegaConf.is_dict(curriculum) else curriculum)
     check_group_size(objective, shape.group_size, key="rollout.shape.group_size")
     if shape.updates > 1 and not objective.has_ratio:
         raise ConfigError(
@@ -169,10 +177,13 @@ def _check_rewards(cfg: DictConfig) -> None:
     ours = [str(name) for name in nodes if str(OmegaConf.select(nodes, f"{name}._target_")).startswith("lit_reason.")]
     rewards = {name: checked_build(cfg, f"reward.{name}") for name in ours}
 
-    from lit_reason.rewards import Rubric
+    from lit_reason.rewards import Length, Rubric
 
-    if ours or not nodes:
-        Rubric(rewards)
+    # A stand-in takes the name of a user's own reward, which may be costly to build.
+    columns = {str(name): rewards.get(str(name), Length(max_tokens=1)) for name in nodes}
+    rubric = checked_build(cfg, "rubric")
+    if getattr(rubric, "func", None) is Rubric:
+        rubric(columns)
 
 
 def _check_engine(cfg: DictConfig) -> None:

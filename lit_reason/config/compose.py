@@ -31,6 +31,8 @@ from lit_reason.errors import ConfigError, UnsafeTargetError, nearest
 CONF = "pkg://lit_reason.conf"
 # Hydra raises a plain ValueError for a group that is given no name, e.g. trainer=null.
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
+# Where keys of earlier versions are now.
+MOVED = {"rollout.max_fault_fraction": "rubric.max_fault_fraction"}
 LAUNCHERS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 LOG_CLASSES = ("logging.", "rich.logging.", "colorlog.")
 KEY = re.compile(r"(?:Could not (?:override|delete from config\. The value of|delete from config\.)|at) '([^']+)'")
@@ -194,6 +196,10 @@ def _missing_option(error: MissingConfigException, text: str, name: str, config_
 def _unknown_key(key: str, text: str, name: str, overrides: list[str], config_dir: str | None) -> ConfigError:
     if "An item is already at" in text:
         return ConfigError(f"+{key} adds a key, but {key} exists. Type {key}=VALUE without the +")
+    stage, _, rest = key.partition(".")
+    block, old = (f"{stage}.", rest) if stage in STAGES else ("", key)
+    if old in MOVED:
+        return ConfigError(f"{key} has moved. Type {block}{MOVED[old]}=VALUE")
     tree, groups = _known(key, name, overrides, config_dir)
     removal = "delete" in text
     head, node = _parent(tree, key, of_block=removal)

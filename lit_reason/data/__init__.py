@@ -1,6 +1,7 @@
 """Problems, tokens and worked solutions: everything that comes before generation."""
 
 from lit_reason.data.chat import ChatTemplate, default_chat
+from lit_reason.data.curriculum import Curriculum
 from lit_reason.data.cursor import PromptCursor
 from lit_reason.data.datamodule import SFTData, TextData
 from lit_reason.data.loader import CursorLoader
@@ -16,6 +17,7 @@ __all__ = [
     "JSONL",
     "ByteTokenizer",
     "ChatTemplate",
+    "Curriculum",
     "CursorLoader",
     "HFTokenizer",
     "PromptCursor",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lit_reason.data.chat import ChatTemplate, default_chat
+from lit_reason.data.curriculum import Curriculum, check_curriculum
 from lit_reason.data.questions import held_out
 from lit_reason.data.tokenizer import Tokenizer, load_tokenizer
 from lit_reason.errors import ConfigError, DataError, nearest
@@ -77,6 +78,7 @@ class PromptData:
         held_out_fraction: share of all questions that no training stage sees.
         max_prompt_tokens: longest prompt in tokens, template included; longer is an error.
         chat: the template; by default the one that fits the tokenizer.
+        curriculum: in which order of difficulty RL meets the training side; the other stages ignore it.
 
     Example::
 
@@ -93,12 +95,16 @@ class PromptData:
         held_out_fraction: float = 0.1,
         max_prompt_tokens: int = 256,
         chat: ChatTemplate | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
+        if curriculum is not None:
+            check_curriculum(curriculum)
         self.source = source
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.chat = chat or default_chat(self.tokenizer)
         self.held_out_fraction = held_out_fraction
         self.max_prompt_tokens = max_prompt_tokens
+        self.curriculum = curriculum
         self._all: list[Prompt] | None = None
 
     def prompts(self, split: Split = "all") -> list[Prompt]:

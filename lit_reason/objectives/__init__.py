@@ -15,7 +15,7 @@
 A new choice is one function and one line in its file's table.
 """
 
-from lit_reason.objectives.advantage import ADVANTAGES, conditioned
+from lit_reason.objectives.advantage import ADVANTAGES
 from lit_reason.objectives.aggregation import AGGREGATIONS
 from lit_reason.objectives.checks import check_group_size
 from lit_reason.objectives.clip import CLIPS
@@ -25,6 +25,7 @@ from lit_reason.objectives.distillation import generalised_jsd
 from lit_reason.objectives.kl import KL_TERMS
 from lit_reason.objectives.objective import Objective, ObjectiveOutput
 from lit_reason.objectives.ratio import RATIOS
+from lit_reason.objectives.sampling import informative
 from lit_reason.objectives.surrogate import Surrogate
 
 __all__ = [
@@ -39,8 +40,8 @@ __all__ = [
     "ObjectiveOutput",
     "Surrogate",
     "check_group_size",
-    "conditioned",
     "gae",
     "generalised_jsd",
+    "informative",
     "value_loss",
 ]

@@ -177,16 +177,6 @@ def gdpo(
     return sum_B
 
 
-def conditioned(rewards_BR: Tensor, *, reward: int, on: int, threshold: float) -> Tensor:
-    """Column `reward` where column `on` reaches `threshold`, else 0 (GDPO, arXiv 2601.05242 eq. 8); from 0.
-
-    Trap: before any normalisation. Zeroed afterwards, a wrong short answer would still raise the others' baseline.
-    """
-    kept_BR = rewards_BR.clone()
-    kept_BR[:, reward] = rewards_BR[:, reward] * (rewards_BR[:, on] >= threshold)
-    return kept_BR
-
-
 ADVANTAGES: dict[str, Callable[..., Tensor | Assessed]] = {
     "none": none,
     "remax": remax,

@@ -9,6 +9,7 @@ from lit_reason.rewards.numbers import Number, last_number, parse_number, same_a
 from lit_reason.rewards.reasoning_gym import ReasoningGymScore
 from lit_reason.rewards.rubric import Rubric
 from lit_reason.rewards.shuffled import ShuffledRubric
+from lit_reason.rewards.transforms import Transforms, conditioned
 
 __all__ = [
     "AnswerAnywhere",
@@ -25,6 +26,8 @@ __all__ = [
     "Rubric",
     "ShuffledRubric",
     "Tags",
+    "Transforms",
+    "conditioned",
     "last_number",
     "parse_number",
     "same_answer",

@@ -13,6 +13,8 @@ class Length(ItemReward):
     With inside=0 and outside=-1 this is DAPO's soft overlong punishment (2503.14476, eq. 13):
     0 for L <= L_max - L_cache, ((L_max - L_cache) - L) / L_cache up to L_max, -1 beyond.
 
+    Trap: where generation stops before max_tokens (`rollout.sampling.max_tokens`), `outside` is never reached.
+
     Args:
         max_tokens: L_max, the stop token counted.
         buffer: L_cache, tokens over which the score falls; 0 makes it a step (L <= max_tokens is inside).

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
+from typing import Any
 
 import torch
 
 from lit_reason.errors import ConfigError, RewardError, nearest
 from lit_reason.rewards.base import FAULTS, Reward, RewardFault, fault_of
+from lit_reason.rewards.transforms import Transforms
 from lit_reason.types import Completion, Prompt, RewardState, Scores
 
 log = logging.getLogger(__name__)
@@ -30,12 +32,18 @@ class Rubric:
         >>> scores.names, scores.weights_R
         (('answer', 'format'), tensor([1.0000, 0.2000]))
 
+    From the command line: `'rubric.conditions={length: {on: answer, at_least: 1.0}}'`.
+
     Args:
         rewards: name -> reward, in the order of the columns.
         weights: overrides of the rewards' own `weight`, by name.
         max_fault_fraction: `score` raises when more than this fraction of one column's entries is not OK.
         slow_s: after so many seconds inside one reward a warning names it; a reward that hangs must not look like a
             run that is slow.
+        scale, clip, conditions: what happens to verified columns, in this order and before anything is normalised
+            (`Transforms`): a factor, `[low, high]`, and `{"on": other, "at_least": t}` (0 where the other column is
+            below t: GDPO's conditioned reward). Faults are counted before. `gdpo` divides a factor out again: there
+            a weight is what tells.
 
     Attributes:
         scored: completions scored so far, over all calls.
@@ -48,6 +56,9 @@ class Rubric:
         weights: Mapping[str, float] | None = None,
         max_fault_fraction: float = 0.01,
         slow_s: float = 60.0,
+        scale: Mapping[str, float] | None = None,
+        clip: Mapping[str, Sequence[float]] | None = None,
+        conditions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if not rewards:
             raise ConfigError("got no reward; valid: at least one, type e.g. 'reward=[answer,format]'")
@@ -65,7 +76,10 @@ class Rubric:
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ConfigError(f"got weight {weight} for the reward {name!r}; valid: a finite number")
+        if not 0 <= max_fault_fraction <= 1:
+            raise ConfigError(f"rubric.max_fault_fraction={max_fault_fraction}; valid: a number from 0 to 1, e.g. 0.01")
         self.max_fault_fraction, self.slow_s = max_fault_fraction, slow_s
+        self.transforms = Transforms(self.rewards, scale, clip, conditions)
         self.scored = 0
         self.faults = {name: {"ERROR": 0, "TIMEOUT": 0} for name in rewards}
 
@@ -88,7 +102,7 @@ class Rubric:
         self.scored += len(prompts)
         self._stop_if_too_many(messages, len(prompts))
         weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float32)
-        return Scores(tuple(self.rewards), weights_R, values_BR, states_BR, messages)
+        return self.transforms(Scores(tuple(self.rewards), weights_R, values_BR, states_BR, messages))
 
     def _stop_if_too_many(self, messages: Mapping[tuple[int, str], str], rows: int) -> None:
         for name in self.rewards:
@@ -97,7 +111,7 @@ class Rubric:
                 raise RewardError(
                     f"reward {name!r} failed on {len(texts)} of {rows} completions "
                     f"(allowed: {self.max_fault_fraction:.1%}); the first: {texts[0]}. Fix the reward or the data, "
-                    "or type a larger rollout.max_fault_fraction"
+                    "or type a larger rubric.max_fault_fraction"
                 )
 
 

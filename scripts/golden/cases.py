@@ -16,7 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from lit_reason.objectives import Objective, conditioned
+from lit_reason.objectives import Objective
+from lit_reason.rewards import conditioned
 from lit_reason.types import PolicyBatch
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
@@ -218,7 +219,8 @@ def make_batch(
     rewards_BR = tensor(inputs["rewards"])
     says = case.get("conventions", {})
     if rule := re.match(rf"r_(\d+) := r_\d+ if r_(\d+) >= ({_NUMBER})", says.get("conditioned", "")):
-        rewards_BR = conditioned(rewards_BR, reward=int(rule[1]) - 1, on=int(rule[2]) - 1, threshold=float(rule[3]))
+        kept, on = int(rule[1]) - 1, int(rule[2]) - 1
+        rewards_BR[:, kept] = conditioned(rewards_BR[:, kept], rewards_BR[:, on], at_least=float(rule[3]))
     weights = re.search(r"\[([^\]]+)\]", str(says.get("weights", "")))
     weights_R = tensor([float(w) for w in weights[1].split(",")] if weights else inputs["weights"])
     advantages_BT = objective.advantages(

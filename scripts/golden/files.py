@@ -26,6 +26,7 @@ from lit_reason.objectives import (
     Objective,
     gae,
     generalised_jsd,
+    informative,
     value_loss,
 )
 from lit_reason.objectives.correction import log_ratio
@@ -110,10 +111,16 @@ def _advantages(objective: Objective, groups_PGR: Tensor) -> Tensor:
 
 
 def check_edges(data: Data, inputs: Data) -> dict[str, Errors]:
-    """Groups without signal or of one row, empty rows, clip edges, aggregations, missing engine log-probs."""
+    """Groups without signal or of one row, empty rows, clip edges, aggregations, missing engine log-probs.
+
+    Not compared are the numbers of what is done otherwise here: verl's groups of one, overlong without a floor and
+    inverted k1 bounds, float32 means without a guard, and naive means of micro-batches.
+    """
     cases = data["cases"]
     found = {
         "zero_std_groups": _zero_std(cases["zero_std_groups"], inputs),
+        "zero_std_groups.keep": _kept(cases["zero_std_groups"], "rewards", "dynamic_sampling_keep"),
+        "dapo_dynamic_sampling": _kept(cases["dapo_dynamic_sampling"], "accuracy", "keep"),
         "group_of_one": _group_of_one(cases["group_of_one"]),
         "fully_masked_sequence": _fully_masked(cases["fully_masked_sequence"], inputs),
         "clip_edges": _clip_edges(cases["clip_edges"]["cases"]),
@@ -156,9 +163,22 @@ def _zero_std(case: Data, inputs: Data) -> Errors:
     return Errors(worst, None, None)
 
 
+def _kept(case: Data, rewards: str, keep: str) -> Errors:
+    """With one column the sum and the columns agree."""
+    group_B = torch.tensor(case["groups"])
+    expected_B = tensor(case[keep])[group_B]
+    one_R, valid_B = torch.ones(1, dtype=torch.float64), torch.ones_like(group_B, dtype=torch.bool)
+    worst = 0.0
+    for per_reward in (False, True):
+        got_B = informative(tensor(case[rewards])[:, None], one_R, group_B, valid_B, per_reward=per_reward)
+        worst = max(worst, error(got_B.double(), expected_B))
+    return Errors(worst, None, None)
+
+
 def _group_of_one(case: Data) -> Errors:
     worst = 0.0
-    for key, advantage in (("recommended_grpo", group_norm(1e-4)), ("recommended_rloo", "rloo")):
+    norm = group_norm(1e-4)
+    for key, advantage in (("recommended_grpo", norm), ("trl_grpo", norm), ("recommended_rloo", "rloo")):
         got_BT = build("grpo", advantage=advantage).advantages(
             tensor(case["rewards"])[:, None],
             torch.ones(1, dtype=torch.float64),
@@ -172,7 +192,7 @@ def _group_of_one(case: Data) -> Errors:
 def _fully_masked(case: Data, inputs: Data) -> Errors:
     masked = {**inputs, "mask": case["mask"]}
     worst = Errors(0.0, 0.0, 0.0)
-    for key, expected in case["results"].items():
+    for key, expected in (case["results"] | {"gspo": case["gspo"]}).items():
         aggregation, _, empty = key.partition("|")
         wide = {"name": "ppo", "low": 0.05, "high": 0.1, "dual": None}
         objective = build("gspo", clip=wide) if key == "gspo" else build("dapo", clip={"high": 0.2})
@@ -190,6 +210,12 @@ def _fully_masked(case: Data, inputs: Data) -> Errors:
             error(gradient_BT, tensor(expected["grad_wrt_new_logprobs"])),
         )
         worst = _worst(worst, got)
+        if key == "gspo":
+            on_B = batch.mask_BT.any(dim=1)
+            ratio_BT = RATIOS["sequence"](new_BT.detach(), tensor(inputs["old"]), batch.mask_BT)
+            flows_B = (gradient_BT != 0).any(dim=1).double()
+            worst = _worst(worst, Errors(None, error(ratio_BT[:, 0], tensor(expected["sequence_ratio"])), None))
+            worst = _worst(worst, Errors(None, None, error(flows_B[on_B], tensor(expected["gradient_flows"])[on_B])))
     return worst
 
 

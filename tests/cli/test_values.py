@@ -63,7 +63,22 @@ def check(*overrides):
         ("rollout.engine.max_rows=0", "rollout.engine.max_rows=0: must be at least 1"),
         ("rollout.engine.speculative=true", "Type model.mtp_depth=1, or leave"),
         ("reward.format=null", "reward.format=None is no reward. To leave it out type '~reward.format'"),
-        ("rollout.max_fault_fraction=abc", "rollout.max_fault_fraction='abc'; valid: a number from 0 to 1"),
+        ("rubric.max_fault_fraction=abc", "rubric.max_fault_fraction='abc' is not valid: expected float"),
+        ("rubric.max_fault_fraction=1.5", "rubric.max_fault_fraction=1.5; valid: a number from 0 to 1"),
+        ("rollout.max_fault_fraction=0.1", "rollout.max_.* has moved. Type rubric.max_fault_fraction=VALUE"),
+        ("+rollout.max_fault_fraction=0.1", "rollout.max_.* has moved. Type rubric.max_fault_fraction=VALUE"),
+        ("rl.rollout.max_fault_fraction=0.1", "rl.rollout.max_.* has moved. Type rl.rubric.max_fault_fraction=VALUE"),
+        ("rubric.rewards={a: 1}", "rubric.rewards is set by the run itself; leave it out. Type 'reward="),
+        ("rubric.condition={length: {on: answer, at_least: 1}}", "unknown key rubric.condition.*'rubric.conditions'"),
+        ("rubric.conditions={lenght: {on: answer, at_least: 1}}", "no reward 'lenght': did you mean 'length'"),
+        ("rubric.conditions.length={on: anwser, at_least: 1}", "no reward 'anwser': did you mean 'answer'"),
+        ("rubric.conditions.length.on=format", "rubric.conditions.length lacks 'at_least'. Type"),
+        ("rubric.clip={length: [1, 0]}", r"rubric.clip.length=\[1, 0\]; valid: low <= high. Type"),
+        ("rubric.scale.anwser=2", "rubric.scale.anwser: there is no reward 'anwser': did you mean 'answer'"),
+        ("data.curriculum={_target_: lit_reason.data.Curriculum, start: 0}", "data.curriculum.start=0; valid: above 0"),
+        ("data.curriculum={_target_: lit_reason.data.Curriculum, round: 9}", "curriculum.round .*mean .rounds."),
+        ("data.curriculum={start: 0.5}", "data.curriculum=.*; valid: a node with a _target_"),
+        ("rubric=null", "rubric=None; valid: a node with a _target_"),
         ("priming=null", "priming=None; valid: a node with a _target_"),
         ("priming.seq_len=0", "priming.seq_len=0; valid: a whole number of 1 or more"),
         ("priming.n_examples=0", "priming.n_examples=0; valid: a whole number of 1 or more"),
@@ -106,6 +121,10 @@ def test_the_message_names_the_stage_and_how_to_set_it_there_alone():
         ["experiment=arith_gdpo", "algorithm=dr_grpo", "rollout.shape.minibatches=2"],
         ["experiment=arith_gdpo", "+algorithm.correction={name: truncate, level: token, high: 2.0}"],
         ["stages=[sft]", "trainer.max_steps=5", "rollout.shape.group_size=1", "rollout.sampling.temperature=0"],
+        ["experiment=arith_gdpo", "rubric.conditions.length={on: answer, at_least: 1.0}"],
+        ["experiment=arith_gdpo", "+rubric.conditions={length: {on: answer, at_least: 1}}"],
+        ["experiment=arith_gdpo", "rubric.conditions={length: {on: answer, at_least: 1}}", "rubric.scale.length=2"],
+        ["experiment=arith_gdpo", "data.curriculum={_target_: lit_reason.data.Curriculum, rounds: 9}"],
         ["stages=[pretrain]", "trainer.max_steps=5", "trainer.devices=2", "reward=[]"],
     ],
 )
@@ -117,7 +136,11 @@ def test_a_users_own_reward_is_not_built_to_be_checked(tmp_path, monkeypatch):
     (tmp_path / "costly_pkg").mkdir()
     (tmp_path / "costly_pkg" / "__init__.py").write_text("class Judge:\n    def __init__(self): raise MemoryError\n")
     monkeypatch.syspath_prepend(tmp_path)
-    check("reward=[answer]", "allow_targets=[costly_pkg]", "+reward.judge._target_=costly_pkg.Judge")
+    line = ["reward=[answer]", "allow_targets=[costly_pkg]", "+reward.judge._target_=costly_pkg.Judge"]
+    check(*line)
+    check(*line, "rubric.conditions.judge={on: answer, at_least: 1.0}")
+    with pytest.raises(ConfigError, match="no reward 'juge': did you mean 'judge'"):
+        check(*line, "rubric.conditions.answer={on: juge, at_least: 1.0}")
 
 
 def test_most_refusals_do_not_wait_for_lightning():

@@ -43,7 +43,9 @@ FAMILIES = {
 def make_lm(family: str, seed: int = 0, dtype=torch.float32, attn: str = "sdpa", **changes):
     """A random model with weights so large that attention, windows and caps matter."""
     config = CONFIG_MAPPING[family](**SHAPE | FAMILIES.get(family, {}) | changes)
-    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the grouped product has no float64
+    experts = (
+        {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    )  # the grouped product has no float64
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn, **experts).to(dtype).eval()
     with torch.no_grad():
@@ -123,7 +125,9 @@ def test_it_is_what_the_stages_ask_for():
     assert model.routers() == [] and model.device == torch.device("cpu")
     with pytest.raises(ConfigError, match="49 tokens; this model takes 48"):
         model(torch.ones(1, 49, dtype=torch.int64))
-    assert HFModel(make_lm("gpt2", seed=1)).config == model.config != HFModel(make_lm("gpt2", num_hidden_layers=1)).config
+    assert (
+        HFModel(make_lm("gpt2", seed=1)).config == model.config != HFModel(make_lm("gpt2", num_hidden_layers=1)).config
+    )
 
 
 def test_to_bfloat16_leaves_the_rotary_frequencies_exact():
@@ -205,7 +209,11 @@ def test_a_long_context_ends_where_longrope_would_switch():
         ("jamba", {}, "layers that keep another state.*linear_attention.*valid: full_attention"),
         ("qwen3_next", EXPERTS, "layers that keep another state"),
         ("llama4_text", {"num_local_experts": 4}, "layers that keep another state.*attention_chunk_size"),
-        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}, "attention_types"),
+        (
+            "gpt_neo",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+            "attention_types",
+        ),
     ],
 )
 def test_what_would_be_wrong_is_refused(family, changes, said):

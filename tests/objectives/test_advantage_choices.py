@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError
-from lit_reason.objectives import ADVANTAGES, Objective, check_group_size, conditioned
+from lit_reason.objectives import ADVANTAGES, Objective, check_group_size
 from lit_reason.types import PolicyBatch
 
 D = torch.float64
@@ -39,12 +39,6 @@ def test_batch_std_is_of_the_raw_rewards():
     std = statistics.stdev([0.0, 2.0, 10.0, 12.0])
     got = call("group_mean_batch_std", [0.0, 2.0, 10.0, 12.0], [0, 0, 1, 1], eps=0.5, ddof=1)
     assert got == pytest.approx([-1 / (std + 0.5), 1 / (std + 0.5)] * 2)
-
-
-def test_conditioned_counts_one_reward_where_another_passes():
-    rewards_BR = torch.tensor([[1.0, 0.3], [0.5, 0.4], [0.0, 0.9]])
-    assert conditioned(rewards_BR, reward=1, on=0, threshold=0.5)[:, 1].tolist() == pytest.approx([0.3, 0.4, 0.0])
-    assert rewards_BR[2, 1] == 0.9 and conditioned(rewards_BR, reward=1, on=0, threshold=0.5)[2, 0] == 0.0
 
 
 def test_reinforce_pp_sums_the_penalty_that_is_to_come():
