@@ -256,10 +256,12 @@ def save_adapters(model: nn.Module, folder: str | Path, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted(config.target_modules or [])  # peft's set would be written in an order of its own each time
-    replace(config, base_model_name_or_path=base, inference_mode=True, target_modules=targets).save_pretrained(
-        str(folder)
-    )
+    config = replace(config, base_model_name_or_path=base, inference_mode=True)
+    # As lists, which its constructor makes sets, or they would be written in another order each time.
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules or [])
+    config.target_parameters = sorted(config.target_parameters or []) or None
+    config.save_pretrained(str(folder))
 
 
 def load_adapters(model: nn.Module, folder: str | Path) -> LoRAReport:
