@@ -37,5 +37,5 @@ def test_the_number_of_processes_changes_no_gradient(tmp_path):
 def test_a_step_that_cannot_be_dealt_evenly_is_refused():
     shape = RoundShape(prompts_per_round=2, group_size=4, micro_batches=4)
     shape.check_ranks(2)
-    with pytest.raises(ConfigError, match="8 sequences per optimizer step.*micro_batches=4 times 3 processes"):
+    with pytest.raises(ConfigError, match=r"8 sequences per optimizer step.*micro_batches=4 times 3 processes"):
         shape.check_ranks(3)
