@@ -128,6 +128,11 @@ def on_held_out(name: str) -> Measure:
     return lambda run: run["held_out"][name]
 
 
+def arms_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arms that were run, in the order of `ARMS`."""
+    return [arm for arm in ARMS if any(run["arm"] == arm for run in runs)]
+
+
 def by_seed(runs: Sequence[Mapping[str, Any]], arm: str, measure: Measure) -> dict[int, float]:
     return {run["seed"]: measure(run) for run in runs if run["arm"] == arm}
 
@@ -146,8 +151,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for where, named in measures().items():
         for name, measure in named.items():
-            per_arm = {arm: by_seed(runs, arm, measure) for arm in ARMS}
-            others = [arm for arm in ARMS if arm != "GDPO"]
+            per_arm = {arm: by_seed(runs, arm, measure) for arm in arms_of(runs)}
+            others = [arm for arm in per_arm if arm != "GDPO"]
             found.setdefault(where, {})[name] = {
                 "arms": {arm: t_interval(list(values.values())) for arm, values in per_arm.items()},
                 "GDPO minus": {arm: paired_interval(per_arm["GDPO"], per_arm[arm]) for arm in others},
@@ -159,7 +164,7 @@ def levels_table(record: Mapping[str, Any], where: str) -> str:
     """A row per arm, a column per measure."""
     columns = record["summary"][where]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for arm in ARMS:
+    for arm in arms_of(record["runs"]):
         cells = (Interval(*column["arms"][arm]).text() for column in columns.values())
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -167,7 +172,7 @@ def levels_table(record: Mapping[str, Any], where: str) -> str:
 
 def differences_table(record: Mapping[str, Any]) -> str:
     """A row per measure: GDPO minus each of the others, paired by seed, with a word."""
-    others = [arm for arm in ARMS if arm != "GDPO"]
+    others = [arm for arm in arms_of(record["runs"]) if arm != "GDPO"]
     lines = ["| GDPO minus | " + " | ".join(f"{arm} | " for arm in others) + "|", "|---" * (1 + 2 * len(others)) + "|"]
     for where, columns in record["summary"].items():
         for name, column in columns.items():
@@ -185,7 +190,7 @@ def resolution_table(record: Mapping[str, Any]) -> str:
         "| rollouts of | advantages of | values in a group | different groups in a round | groups without signal |",
         "|---|---|---|---|---|",
     ]
-    for arm, seen in itertools.product(ARMS, ARMS):
+    for arm, seen in itertools.product(arms_of(record["runs"]), ARMS):
         runs = [run["resolution"][seen] for run in record["runs"] if run["arm"] == arm]
         values, groups, silent = (t_interval(list(column)) for column in zip(*runs, strict=True))
         lines.append(f"| {arm} | {seen} | {values.text('.2f')} | {groups.text('.1f')} | {silent.text('.3f')} |")
