@@ -89,14 +89,19 @@ def measure(arm: str, seed: int, run_dir: Path) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel per reward, and one for all three at once."""
-    figure = new_figure(9, 5.2, "Rewards of the completions of each round")
+    """Above each arm's curves, below GDPO's minus the others' at the same seed."""
     arms = gdpo.arms_of(runs)
-    axes = figure.subplots(2, 2).flat
-    for ax, name in zip(axes, gdpo.CURVES, strict=True):
-        plot.band(ax, {arm: [r["curves"][name] for r in runs if r["arm"] == arm] for arm in arms}, WINDOW)
-        plot.tidy(ax, name, f"round (means over {WINDOW})")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    curves = {arm: {r["seed"]: r["curves"] for r in runs if r["arm"] == arm} for arm in arms}
+    figure = new_figure(11, 5, "Rewards of the completions of each round")
+    axes = figure.subplots(2, len(gdpo.CURVES))
+    for (above, below), name in zip(axes.T, gdpo.CURVES, strict=True):
+        levels = {arm: {seed: found[name] for seed, found in curves[arm].items()} for arm in arms}
+        plot.band(above, levels, WINDOW)
+        plot.tidy(above, name)
+        plot.difference_band(below, levels.pop("GDPO"), levels, WINDOW)
+        plot.tidy(below, f"{name}: GDPO minus", f"round (running means over {WINDOW})")
+    for ax in axes[:, 0]:
+        ax.legend(fontsize=8, frameon=False)
     plot.save_svg(figure, path)
 
 

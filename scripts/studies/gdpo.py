@@ -32,7 +32,7 @@ BARE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REWARDS = ("answer", "format", "length")
 CURVES = (*REWARDS, "all three")
-HELD_OUT = (*REWARDS, "total")
+HELD_OUT = (*REWARDS, "total", "answer_anywhere")
 TAIL = 10  # rounds at the end of training whose mean is the figure of a run
 DIGITS = 9  # of an advantage in float64: rounding errors are far below, differences far above
 

@@ -82,10 +82,12 @@ def test_sums_hide_what_gdpo_sees(gdpo):
     assert gdpo.resolution("GDPO", played).values == 4
 
 
-def test_what_no_verifier_judged_has_no_advantage(gdpo):
-    played = rows([(1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (0.0, None, 0.0)])
-    assert gdpo.resolution("GRPO", played).values == 3  # up, down, and 0 for the third
-    assert gdpo.all_three(played) == pytest.approx(1 / 3)
+def test_what_no_verifier_judged_is_not_compared(gdpo):
+    """Two equal completions and one without a verdict: nothing to tell apart, where a 0 in its place would."""
+    played = rows([(1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.0, None, 0.0)])
+    for arm in gdpo.ARMS:
+        assert gdpo.resolution(arm, played) == (1, 1, 1)
+    assert gdpo.all_three(played) == pytest.approx(2 / 3)
 
 
 def test_unequal_groups_are_refused(gdpo):
@@ -134,7 +136,7 @@ def made_up(arm: str, seed: int, level: float) -> dict:
     return {
         "arm": arm,
         "seed": seed,
-        "held_out": dict.fromkeys((*names, "total"), level / 2),
+        "held_out": dict.fromkeys((*names, "total", "answer_anywhere"), level / 2),
         "curves": dict.fromkeys((*names, "all three"), curve),
         "resolution": seen,
     }
