@@ -75,25 +75,38 @@ class Resolution(NamedTuple):
     silent: float
 
 
-def resolution(arm: str, rows: Sequence[Mapping[str, Any]], rewards: Sequence[str] = REWARDS) -> Resolution:
-    """Of the rows of a round, as `CompletionsTable` writes them: whole groups of one size, in order.
-
-    A completion that a verifier failed on (null) has the advantage 0, as in training.
-    """
-    starts = [row["sample_idx"] == 0 for row in rows]
-    completions = len(rows) // sum(starts)
-    if any(starts[i] != (i % completions == 0) for i in range(len(rows))):
-        raise ValueError(f"got {len(rows)} completions in {sum(starts)} groups of unequal size; valid: whole groups")
-    values = [[row["rewards"][name] for name in rewards] for row in rows]
-    valid_B = torch.tensor([None not in row for row in values])
-    rewards_BR = torch.tensor([[0.0 if value is None else value for value in row] for row in values])
-    found_B = advantages(arm, rewards_BR, torch.arange(len(rows)) // completions, valid_B)
+def resolution(arm: str, rows: Sequence[Mapping[str, Any]]) -> Resolution:
+    """Of the rows of a round, as `CompletionsTable` writes them: whole groups of one size, in order."""
+    found_B, _, completions = _seen(arm, rows)
     groups = found_B.view(-1, completions).tolist()
     return Resolution(
         statistics.fmean(len(set(group)) for group in groups),
         _different(found_B, completions),
         statistics.fmean(not any(group) for group in groups),
     )
+
+
+def credit(arm: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Each reward's share of what a round's advantages follow: its covariance with them, the shares adding up to 1.
+
+    The covariance of A with r_k within groups is the slope of reward k along the policy gradient step, for a policy
+    free to move every completion on its own; a negative share is a reward that is given up for others.
+    """
+    found_B, rewards_BR, _ = _seen(arm, rows)
+    covariance_R = (found_B[:, None] * rewards_BR).mean(0)  # advantages are centred in their groups
+    return (covariance_R / covariance_R.sum()).tolist()
+
+
+def _seen(arm: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, int]:
+    """(advantages_B, rewards_BR, completions per group); what a verifier failed on (null) has the advantage 0."""
+    starts = [row["sample_idx"] == 0 for row in rows]
+    completions = len(rows) // sum(starts)
+    if any(starts[i] != (i % completions == 0) for i in range(len(rows))):
+        raise ValueError(f"got {len(rows)} completions in {sum(starts)} groups of unequal size; valid: whole groups")
+    values = [[row["rewards"][name] for name in REWARDS] for row in rows]
+    valid_B = torch.tensor([None not in row for row in values])
+    rewards_BR = torch.tensor([[0.0 if value is None else value for value in row] for row in values]).double()
+    return advantages(arm, rewards_BR, torch.arange(len(rows)) // completions, valid_B), rewards_BR, completions
 
 
 def all_three(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -197,6 +210,16 @@ def resolution_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def credit_table(record: Mapping[str, Any]) -> str:
+    """On the same rollouts: what each normalisation's advantages follow."""
+    lines = [f"| rollouts of | advantages of | {' | '.join(REWARDS)} |", "|---" * (2 + len(REWARDS)) + "|"]
+    for arm, seen in itertools.product(arms_of(record["runs"]), ARMS):
+        runs = [run["credit"][seen] for run in record["runs"] if run["arm"] == arm]
+        cells = (t_interval(list(column)).text(".3f") for column in zip(*runs, strict=True))
+        lines.append(f"| {arm} | {seen} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def counts_table(record: Mapping[str, Any]) -> str:
     """Distinct groups as enumerated."""
     completions, rewards = record["distinct_groups"]["completions"], record["distinct_groups"]["rewards"]
@@ -225,4 +248,5 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "differences": differences_table,
     "counts": counts_table,
     "resolution": resolution_table,
+    "credit": credit_table,
 }

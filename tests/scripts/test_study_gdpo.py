@@ -72,6 +72,36 @@ def test_resolution_of_a_round_by_hand(gdpo):
     assert gdpo.all_three(played) == pytest.approx(3 / 9)
 
 
+def test_credit_by_hand(gdpo):
+    """Two groups that vary in one reward each: answer (0, 0, 0, 1), format (0, 0, 1, 1).
+
+    Centred: (-1, -1, -1, 3) / 4 and (-1, -1, 1, 1) / 2, squares summing to 3/4 and 1. Without std the covariances are
+    3/4 to 1; divided by the std, sqrt(3/4) to 1, for GDPO too: where one reward varies alone, both normalise alike.
+    """
+    played = rows(
+        [(0.0, 1.0, 0.0)] * 3 + [(1.0, 1.0, 0.0)],
+        [(1.0, 0.0, 0.0)] * 2 + [(1.0, 1.0, 0.0)] * 2,
+    )
+    assert gdpo.credit("GRPO without std", played) == pytest.approx([3 / 7, 4 / 7, 0])
+    root = math.sqrt(3 / 4)
+    for arm in ("GRPO", "GDPO"):
+        assert gdpo.credit(arm, played) == pytest.approx([root / (1 + root), 1 / (1 + root), 0])
+
+
+def test_a_rare_reward_has_more_credit_with_gdpo(gdpo):
+    """One group, answer (0, 0, 1, 1), format (0, 1, 0, 0): centred dot products 1, 3/4, and -1/2 between the two.
+
+    GRPO follows answer + format: covariances 1 - 1/2 and 3/4 - 1/2, 2 to 1. GDPO follows answer / 1 + format / root,
+    root = sqrt(3/4): covariances 1 - 1/2 / root and 3/4 / root - 1/2.
+    """
+    played = rows([(0.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (1.0, 0.0, 0.0)])
+    assert gdpo.credit("GRPO", played) == pytest.approx([2 / 3, 1 / 3, 0])
+    root = math.sqrt(3 / 4)
+    answer, form = 1 - 0.5 / root, 0.75 / root - 0.5
+    assert gdpo.credit("GDPO", played) == pytest.approx([answer / (answer + form), form / (answer + form), 0])
+    assert form / (answer + form) > 1 / 3
+
+
 def test_sums_hide_what_gdpo_sees(gdpo):
     """Group 1: sums 1, 1, 2, 2 as pairs that differ in *which* reward is earned; GRPO sees two values, GDPO four.
 
@@ -139,6 +169,7 @@ def made_up(arm: str, seed: int, level: float) -> dict:
         "held_out": dict.fromkeys((*names, "total", "answer_anywhere"), level / 2),
         "curves": dict.fromkeys((*names, "all three"), curve),
         "resolution": seen,
+        "credit": seen,
     }
 
 
@@ -157,6 +188,7 @@ def test_tables_of_made_up_runs(gdpo):
     line = next(line for line in differences if line.startswith("| all rounds: format"))
     assert "| +0.050 [+0.050, +0.050] | higher |" in line
     assert "| GDPO | GRPO | 0.50 [0.00, 1.00] |" in gdpo.resolution_table(record)
+    assert "| GRPO | GDPO | 0.400 [-0.097, 0.897] | 1.000 [1.000, 1.000] |" in gdpo.credit_table(record)
 
 
 @pytest.fixture
