@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from studies import gdpo
+
 from lit_reason.report.metrics import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,10 +202,16 @@ def drafts() -> str:
     return "\n".join(lines)
 
 
+def gdpo_table(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A table of the study of GDPO."""
+    return lambda: table(json.loads((ROOT / "benchmarks" / "studies" / "gdpo.json").read_text()))
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"metrics": markdown_table, "rl_step": newest_benchmark},
     "docs/mup.md": {"lr_transfer": lr_transfer, "coord": coordinate_check, "in_use": in_use, "balance": balance},
     "benchmarks/README.md": {"drafts": drafts},
+    "docs/studies/gdpo.md": {name: gdpo_table(table) for name, table in gdpo.TABLES.items()},
 }
 
 

@@ -14,7 +14,7 @@ def tables(load):
     return load("readme_tables")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mup.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/mup.md", "benchmarks/README.md", "docs/studies/gdpo.md"])
 def test_pages_are_in_step(tables, page):
     text = (ROOT / page).read_text()
     assert tables.fill(page, text) == text, "type: python scripts/readme_tables.py"

@@ -1,0 +1,1 @@
+"""What the studies share: running the missing trainings, reading their records, intervals over seeds, curves."""
