@@ -34,7 +34,7 @@ def head_divergence(
         return (generalised_jsd(_tempered(student_head(student_MD), temperature), teacher_MV, beta=beta),)
 
     rows = row_chunk(student_head, student_states_MD)
-    return by_rows(divergence, rows, student_states_MD, teacher_states_MD.detach())[0]
+    return by_rows(divergence, rows, student_states_MD, teacher_states_MD)[0]
 
 
 def _tempered(logits_MV: Tensor, temperature: float) -> Tensor:

@@ -134,7 +134,7 @@ def test_few_logits_at_a_time_give_the_same(request, largest_tensor, kind):
     request.getfixturevalue("few_logits")
     with largest_tensor() as largest:
         got = head_step(head)
-    assert largest() <= 160  # the weight, 40 by 4
+    assert largest() <= (120 if kind == "frozen" else 160)  # the states, 30 by 4; the weight or its gradient, 40 by 4
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
