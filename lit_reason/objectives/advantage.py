@@ -44,7 +44,6 @@ from lit_reason.objectives.advantage_binary import maxrl, passk, pkpo
 from lit_reason.objectives.advantage_token import clip_cov, distill, kl_cov, reinforce_pp, reinforce_pp_baseline
 from lit_reason.objectives.critic import gae_advantages
 from lit_reason.objectives.statistics import centre, normalise, weighted_sum, whiten
-from lit_reason.types import Assessed
 
 
 def reinforce(
@@ -177,7 +176,7 @@ def gdpo(
     return sum_B
 
 
-ADVANTAGES: dict[str, Callable[..., Tensor | Assessed]] = {
+ADVANTAGES: dict[str, Callable[..., Any]] = {
     "none": none,
     "remax": remax,
     "gae": gae_advantages,

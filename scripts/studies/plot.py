@@ -18,12 +18,22 @@ from studies.stats import t_interval
 Curves = Mapping[int, Sequence[float]]  # {seed: one value per step}
 
 
-def band(ax: Axes, arms: Mapping[str, Curves], window: int = 1, colours: Sequence[str] = COLOURS) -> None:
-    """Draw each arm's mean and interval; `window` steps are averaged before anything else."""
-    for (name, curves), colour in zip(arms.items(), colours, strict=False):
+def band(
+    ax: Axes,
+    arms: Mapping[str, Curves],
+    window: int = 1,
+    colours: Sequence[str] = COLOURS,
+    x: Sequence[Sequence[float]] | None = None,
+) -> None:
+    """Draw each arm's mean and interval; `window` steps are averaged before anything else.
+
+    Args:
+        x: where each arm's steps lie; their numbers if None.
+    """
+    for i, ((name, curves), colour) in enumerate(zip(arms.items(), colours, strict=False)):
         smooth = [rolling_mean(np.asarray(curve, dtype=np.float64), window) for curve in curves.values()]
         mean, low, high = zip(*(t_interval(values) for values in zip(*smooth, strict=True)), strict=True)
-        steps = range(1, len(mean) + 1)
+        steps = range(1, len(mean) + 1) if x is None else x[i]
         ax.plot(steps, mean, color=colour, label=name, linewidth=1.4)
         ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
