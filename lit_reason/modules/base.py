@@ -98,8 +98,8 @@ def total_steps(trainer: L.Trainer) -> int:
 class Meter:
     """Weighted means and plain sums of metrics between two optimizer steps.
 
-    Of a name that ends in `/max` the largest; one in `/ess` has two means, of weights w and of w^2, from which the
-    effective sample size (mean w)^2 / mean w^2 is made, 1 if there is no weight.
+    Of a name that ends in `/max` the largest; what `FROM_MOMENTS` lists is made of several means, once they are over all
+    tokens of the step.
     """
 
     def __init__(self) -> None:
@@ -134,11 +134,28 @@ class Meter:
         sums = {name: next(added) for name in self._sums}
         means = {name: [next(added) / weight for _ in parts] for name, parts in self._totals.items()}
         largest = reduce(list(self._maxima.values()), "max") if self._maxima else []
-        single = {name: _effective(*parts) if name.endswith("/ess") else parts[0] for name, parts in means.items()}
+        single = {name: FROM_MOMENTS.get(name.split("/")[-1], _only)(*parts) for name, parts in means.items()}
         gathered = single | sums | dict(zip(self._maxima, largest, strict=True))
         self.__init__()
         return gathered
 
 
-def _effective(mean: float, square: float) -> float:
+def _only(mean: float) -> float:
+    return mean
+
+
+def effective_sample_size(mean: float, square: float) -> float:
+    """(mean w)^2 / mean w^2; 1 if there is no weight."""
     return mean * mean / square if square > 0 else 1.0
+
+
+def explained_variance(mean: float, square: float, error: float, error_square: float) -> float:
+    """1 - Var(e) / Var(R); 0 where R is constant up to rounding."""
+    variance = square - mean * mean
+    return 1 - (error_square - error * error) / variance if variance > 1e-12 * square else 0.0
+
+
+FROM_MOMENTS: dict[str, Callable[..., float]] = {
+    "ess": effective_sample_size,
+    "explained_variance": explained_variance,
+}

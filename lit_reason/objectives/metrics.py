@@ -1,5 +1,5 @@
 """What a policy update is watched by: 0-d detached tensors, each the mean over one micro-batch's masked-in tokens, or
-the largest (`.../max`), or the two moments of weights (`.../ess`).
+the largest (`.../max`), or the moments from which a whole step's figure is made (`.../ess`, `.../explained_variance`).
 
     B sequences   T tokens
 
@@ -69,11 +69,11 @@ def weight_moments(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def critic_metrics(values_BT: Tensor, returns_BT: Tensor, loss_BT: Tensor, on_BT: Tensor) -> dict[str, Tensor]:
-    """`critic/loss`, and `critic/explained_variance` = 1 - Var(R - V) / Var(R): 1 if it is perfect, 0 if constant."""
-    left_BT = returns_BT - values_BT.detach()
-    left, whole = (masked_mean((x - masked_mean(x, on_BT)).square(), on_BT) for x in (left_BT, returns_BT))
-    explained = torch.where(whole > 0, 1 - left / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
-    return {"critic/loss": masked_mean(loss_BT, on_BT), "critic/explained_variance": explained}
+    """`critic/loss`, and of `critic/explained_variance` the moments (mean R, mean R^2, mean e, mean e^2), e = R - V: over
+    all micro-batches 1 - Var(e) / Var(R), which is 1 for a perfect critic and 0 for a constant one."""
+    returns_BT, error_BT = returns_BT.double(), (returns_BT - values_BT.detach()).double()
+    moments = [masked_mean(x, on_BT) for x in (returns_BT, returns_BT.square(), error_BT, error_BT.square())]
+    return {"critic/loss": masked_mean(loss_BT, on_BT), "critic/explained_variance": torch.stack(moments)}
 
 
 def masked_mean(values_BT: Tensor, on_BT: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class ObjectiveOutput:
     Args:
         loss: 0-d, this micro-batch's share of the optimizer step's loss: the shares add up, they are not averaged.
         metrics: `{name: 0-d detached tensor}`, means over this micro-batch's tokens; `.../max` is the largest,
-            `.../ess` the pair (mean w, mean w^2) of weights.
+            `.../ess` and `.../explained_variance` are moments, see `metrics.py`.
         tokens: 0-d float32, the masked-in tokens: the weight of `metrics` when averaging over micro-batches.
     """
 

@@ -14,6 +14,16 @@ def test_means_sums_maxima_and_effective_sample_sizes():
     assert meter.take() == pytest.approx({"a": 5.0, "b/max": 5.0, "c/ess": 1.75**2 / 4, "loss": 5.0})
 
 
+def test_explained_variance_is_that_of_the_whole_step():
+    """R = 1 | 3 and R - V = 0 | 1, one token in each micro-batch: 1 - 0.25 / 1, though neither varies by itself."""
+    meter = Meter()
+    for r, e in ((1.0, 0.0), (3.0, 1.0)):
+        meter.add({"critic/explained_variance": torch.tensor([r, r * r, e, e * e])}, {}, 1.0)
+    assert meter.take() == pytest.approx({"critic/explained_variance": 0.75})
+    meter.add({"critic/explained_variance": torch.tensor([1.3, 1.3 * 1.3, 0.5, 0.3])}, {}, 1.0)
+    assert meter.take() == {"critic/explained_variance": 0.0}
+
+
 def test_a_micro_batch_without_tokens_weighs_nothing():
     meter = Meter()
     meter.add({"a": float("nan"), "c/ess": torch.tensor([0.0, 0.0])}, {}, 0.0)
