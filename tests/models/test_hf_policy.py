@@ -43,7 +43,9 @@ FAMILIES = {
 def make_lm(family: str, seed: int = 0, dtype=torch.float32, attn: str = "sdpa", **changes):
     """A random model with weights so large that attention, windows and caps matter."""
     config = CONFIG_MAPPING[family](**SHAPE | FAMILIES.get(family, {}) | changes)
-    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # the grouped product has no float64
+    experts = (
+        {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    )  # the grouped product has no float64
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn, **experts).to(dtype).eval()
     with torch.no_grad():
@@ -121,9 +123,11 @@ def test_it_is_what_the_stages_ask_for():
     assert (model.config.max_seq_len, model.config.vocab_size, model.config.mtp_depth) == (48, 61, 0)
     assert not model.training and HFModel(make_lm("gpt2").train()).training
     assert model.routers() == [] and model.device == torch.device("cpu")
-    with pytest.raises(ConfigError, match="49 tokens; this model takes 48"):
+    with pytest.raises(ConfigError, match=r"49 tokens; this model takes 48"):
         model(torch.ones(1, 49, dtype=torch.int64))
-    assert HFModel(make_lm("gpt2", seed=1)).config == model.config != HFModel(make_lm("gpt2", num_hidden_layers=1)).config
+    assert (
+        HFModel(make_lm("gpt2", seed=1)).config == model.config != HFModel(make_lm("gpt2", num_hidden_layers=1)).config
+    )
 
 
 def test_to_bfloat16_leaves_the_rotary_frequencies_exact():
@@ -160,7 +164,7 @@ def test_saved_and_built_again_and_read_by_transformers(family, tmp_path):
         want = lm(ids_BT).logits
         assert torch.equal(theirs.eval()(ids_BT).logits, want)
         torch.testing.assert_close(again.eval()(ids_BT), want, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match="not empty; give the name of a new folder"):
+    with pytest.raises(ConfigError, match=r"not empty; give the name of a new folder"):
         again.save(folder)
 
 
@@ -184,7 +188,7 @@ def test_a_generation_config_that_could_not_be_saved_is_mended_at_the_start(tmp_
     lm.save_pretrained(tmp_path / "old")
     values = json.loads((tmp_path / "old" / "generation_config.json").read_text()) | {"temperature": 0.6}
     (tmp_path / "old" / "generation_config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=r"temperature"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "theirs")
     HFConfig(str(tmp_path / "old")).build().save(tmp_path / "ours")
 
@@ -205,7 +209,11 @@ def test_a_long_context_ends_where_longrope_would_switch():
         ("jamba", {}, "layers that keep another state.*linear_attention.*valid: full_attention"),
         ("qwen3_next", EXPERTS, "layers that keep another state"),
         ("llama4_text", {"num_local_experts": 4}, "layers that keep another state.*attention_chunk_size"),
-        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}, "attention_types"),
+        (
+            "gpt_neo",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+            "attention_types",
+        ),
     ],
 )
 def test_what_would_be_wrong_is_refused(family, changes, said):
@@ -226,35 +234,35 @@ def test_a_head_that_does_more_is_refused(change):
 
     HFModel(lm)
     lm.forward = forward
-    with pytest.raises(ConfigError, match="its head"):
+    with pytest.raises(ConfigError, match=r"its head"):
         HFModel(lm)
 
 
 def test_folders_that_cannot_be_loaded_say_what_to_type(tmp_path):
     with pytest.raises(ConfigError, match=r"model.name=\./nowhere: there is no such folder. Type model.name=PATH"):
         HFConfig("./nowhere")
-    with pytest.raises(ConfigError, match="holds no config.json"):
+    with pytest.raises(ConfigError, match=r"holds no config.json"):
         HFConfig(str(tmp_path))
     lm = make_lm("llama")
     lm.save_pretrained(tmp_path / "pickled")
     weights = tmp_path / "pickled" / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "pickled" / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ConfigError, match="only pytorch_model.bin: a pickle can run code"):
+    with pytest.raises(ConfigError, match=r"only pytorch_model.bin: a pickle can run code"):
         HFConfig(str(tmp_path / "pickled"))
     AutoModelForSequenceClassification.from_config(lm.config).save_pretrained(tmp_path / "classifier")
-    with pytest.raises(ConfigError, match="lack 1 of the model's tensors .lm_head.weight"):
+    with pytest.raises(ConfigError, match=r"lack 1 of the model's tensors .lm_head.weight"):
         HFConfig(str(tmp_path / "classifier")).build()
     t5 = tmp_path / "t5"
     t5.mkdir()
     (t5 / "config.json").write_text('{"model_type": "t5"}')
     weights = t5 / "model.safetensors"
     weights.write_bytes((tmp_path / "classifier" / "model.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match="is no causal language model"):
+    with pytest.raises(ConfigError, match=r"is no causal language model"):
         HFConfig(str(t5)).build()
     (t5 / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     (t5 / "mine.py").write_text("raise SystemExit('code of the folder ran')")
-    with pytest.raises(ConfigError, match="without code of its own"):
+    with pytest.raises(ConfigError, match=r"without code of its own"):
         HFConfig(str(t5)).build()
 
 

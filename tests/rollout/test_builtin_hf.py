@@ -139,7 +139,7 @@ def test_another_architecture_replaces_the_copy(make_hf, tokenizer, prompts):
 
 def test_what_the_engine_cannot_run_is_refused(make_hf, tokenizer):
     model = make_hf("llama")
-    with pytest.raises(ConfigError, match="a HFModel has no multi-token.*Type rollout.engine.speculative=false"):
+    with pytest.raises(ConfigError, match=r"a HFModel has no multi-token.*Type rollout.engine.speculative=false"):
         pushed(tokenizer, model, speculative=True)
-    with pytest.raises(RolloutError, match="got LlamaForCausalLM: wrap a model of transformers in .*HFModel"):
+    with pytest.raises(RolloutError, match=r"got LlamaForCausalLM: wrap a model of transformers in .*HFModel"):
         pushed(tokenizer, model.lm)
