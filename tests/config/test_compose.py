@@ -34,7 +34,9 @@ def test_every_group_of_the_design_is_there():
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree["reward"])
 def test_every_option_composes_and_every_target_and_key_is_real(tree):
     open_values = {"jsonl": ["data.source.path=x.jsonl"], "reasoning_gym": ["data.source.tasks={gcd: {}}"]}
-    overrides = [f"{group}={option}" for group, option in tree.items()] + open_values.get(tree["data"], [])
+    open_values["hf"] = ["model.name=some/name"]
+    overrides = [f"{group}={option}" for group, option in tree.items()]
+    overrides += open_values.get(tree["data"], []) + open_values.get(tree["model"], [])
     cfg = without_hydra(compose("train", overrides, multirun=True))
     check_run(cfg)
     for stage in ("pretrain", "sft", "rl"):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -250,6 +250,9 @@ def test_folders_that_cannot_be_loaded_say_what_to_type(tmp_path):
     weights.unlink()
     with pytest.raises(ConfigError, match=r"only pytorch_model.bin: a pickle can run code"):
         HFConfig(str(tmp_path / "pickled"))
+    save_file({"adapter": torch.zeros(1)}, tmp_path / "pickled" / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"no causal language model that transformers can load from safetensors"):
+        HFConfig(str(tmp_path / "pickled")).build()
     AutoModelForSequenceClassification.from_config(lm.config).save_pretrained(tmp_path / "classifier")
     with pytest.raises(ConfigError, match=r"lack 1 of the model's tensors .lm_head.weight"):
         HFConfig(str(tmp_path / "classifier")).build()
