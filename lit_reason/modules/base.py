@@ -98,8 +98,8 @@ def total_steps(trainer: L.Trainer) -> int:
 class Meter:
     """Weighted means and plain sums of metrics between two optimizer steps.
 
-    Of a name that ends in `/max` the largest; what `FROM_MOMENTS` lists is made of several means, once they are over all
-    tokens of the step.
+    Of a name that ends in `/max` the largest; what `FROM_MOMENTS` lists is made of several means, once they are over
+    all tokens of the step.
     """
 
     def __init__(self) -> None:

@@ -69,8 +69,8 @@ def weight_moments(log_weights_BT: Tensor, on_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def critic_metrics(values_BT: Tensor, returns_BT: Tensor, loss_BT: Tensor, on_BT: Tensor) -> dict[str, Tensor]:
-    """`critic/loss`, and of `critic/explained_variance` the moments (mean R, mean R^2, mean e, mean e^2), e = R - V: over
-    all micro-batches 1 - Var(e) / Var(R), which is 1 for a perfect critic and 0 for a constant one."""
+    """`critic/loss`, and of `critic/explained_variance` the moments (mean R, mean R^2, mean e, mean e^2), e = R - V:
+    over all micro-batches 1 - Var(e) / Var(R), which is 1 for a perfect critic and 0 for a constant one."""
     returns_BT, error_BT = returns_BT.double(), (returns_BT - values_BT.detach()).double()
     moments = [masked_mean(x, on_BT) for x in (returns_BT, returns_BT.square(), error_BT, error_BT.square())]
     return {"critic/loss": masked_mean(loss_BT, on_BT), "critic/explained_variance": torch.stack(moments)}

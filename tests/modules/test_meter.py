@@ -20,7 +20,7 @@ def test_explained_variance_is_that_of_the_whole_step():
     for r, e in ((1.0, 0.0), (3.0, 1.0)):
         meter.add({"critic/explained_variance": torch.tensor([r, r * r, e, e * e])}, {}, 1.0)
     assert meter.take() == pytest.approx({"critic/explained_variance": 0.75})
-    meter.add({"critic/explained_variance": torch.tensor([1.3, 1.3 * 1.3, 0.5, 0.3]).double()}, {}, 1.0)
+    meter.add({"critic/explained_variance": torch.tensor([1.3, 1.3 * 1.3, 0.5, 0.3], dtype=torch.float64)}, {}, 1.0)
     assert meter.take() == {"critic/explained_variance": 0.0}
 
 
