@@ -7,8 +7,8 @@
 
 For every change that `mutation/operators.py` knows (its table says which are `core`), the tests of `tests/objectives`
 run in a fork until one fails. A mutant that no test fails for has survived: mend the tests, or, where the changed code
-does the same, say so in `mutation/equivalent.py`. Prints every survivor and a table; a run over all of it writes
-`benchmarks/mutation/objectives.json`.
+does the same, say so in `mutation/equivalent.py`. Prints every survivor and a table. Without --sample the entries of
+the files and classes that ran are renewed in `benchmarks/mutation/objectives.json`.
 
 Exit status: 0; 1 with --check when less than 95% of a class are killed (those that do the same left out), when tests
 fail without any change, or when `equivalent.py` names what no longer exists.
@@ -17,9 +17,12 @@ fail without any change, or when `equivalent.py` names what no longer exists.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +45,12 @@ PACKAGE = "lit_reason.objectives"
 OUT = ROOT / "benchmarks" / "mutation" / "objectives.json"
 SLOW = {"test_invariance.py"}  # real models and processes: what they catch, quicker tests must catch too
 LEAST = 0.95
+VERDICTS = ("killed", "survived", "equivalent")
 
 
 @dataclass
 class Tried:
-    """A mutant and what became of it: "killed", "survived", or "equivalent" (survived, and does the same)."""
+    """A mutant and what became of it; `verdict` "equivalent": survived, and does the same."""
 
     mutant: Mutant
     outcome: Outcome
@@ -71,9 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     if gone:
         print("mutation/equivalent.py names what no longer exists:", *gone, sep="\n  ")
     chosen = [m for m in every if (not args.only or m.path.name in args.only) and args.kind in (None, m.kind)]
-    whole = len(chosen) == len(every)
-    if args.sample is not None and args.sample < len(chosen):
-        chosen, whole = random.Random(args.seed).sample(chosen, args.sample), False
+    if args.sample is not None:
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
     if args.show:
         for mutant in chosen:
             print(_told(mutant))
@@ -88,9 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(chosen)} mutants; all tests take {bare.seconds:.1f} s")
     tried = _try(chosen, tests, bare.durations, args.limit)
     low = _report(tried)
-    if whole:
-        write_json(OUT, _record(tried))
-        print(f"written: {OUT}")
+    if args.sample is None:
+        _write(tried, names)
     return int(args.check and (low or bool(gone)))
 
 
@@ -149,33 +151,46 @@ def _report(tried: list[Tried]) -> bool:
     counts = _counts(tried)
     for name, kinds in counts.items():
         for kind, verdicts in sorted(kinds.items()):
-            numbers = [verdicts.get(verdict, 0) for verdict in ("killed", "survived", "equivalent")]
+            numbers = [verdicts.get(verdict, 0) for verdict in VERDICTS]
             table.add_row(name, kind, *map(str, (sum(numbers), *numbers)), f"{_share(verdicts):.1%}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return any(_share(verdicts) < LEAST for verdicts in counts["all"].values())
 
 
-def _record(tried: list[Tried]) -> dict[str, Any]:
+def _write(tried: list[Tried], names: list[str]) -> None:
+    """Renews the entries of what was tried; forgets files that are gone."""
+    files = json.loads(OUT.read_text())["files"] if OUT.exists() else {}
+    files = {name: entry for name, entry in files.items() if name in names}
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "commit": git.stdout.strip(),
-        **circumstances("cpu"),
-        "mutants": len(tried),
-        "seconds": sum(one.outcome.seconds for one in tried),
-        "killed_share": {kind: _share(verdicts) for kind, verdicts in _counts(tried)["all"].items()},
-        "counts": _counts(tried),
-        "survivors": [
-            {
-                "where": f"{one.mutant.path.name}:{one.mutant.line}",
-                "function": one.mutant.function,
-                "class": one.mutant.kind,
-                "operator": one.mutant.operator,
-                "change": one.mutant.change,
-                "explanation": EQUIVALENT.get(one.mutant.key),
+    for name, kinds in _counts(tried).items():
+        for kind, verdicts in kinds.items() if name != "all" else ():
+            here = [one for one in tried if (one.mutant.path.name, one.mutant.kind) == (name, kind)]
+            files.setdefault(name, {})[kind] = {
+                "commit": git.stdout.strip(),
+                "source": hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:16],
+                "date": time.strftime("%Y-%m-%d %H:%M"),
+                "seconds": sum(one.outcome.seconds for one in here),
+                **{verdict: verdicts.get(verdict, 0) for verdict in VERDICTS},
+                "survivors": [_survivor(one) for one in here if one.outcome.killer is None],
             }
-            for one in tried
-            if one.verdict != "killed"
-        ],
+    totals = {
+        kind: {verdict: sum(entry[kind][verdict] for entry in files.values() if kind in entry) for verdict in VERDICTS}
+        for kind in ("core", "other")
+    }
+    for verdicts in totals.values():
+        verdicts["killed_share"] = _share(verdicts)  # type: ignore[assignment]
+    write_json(OUT, circumstances("cpu") | {"totals": totals, "files": dict(sorted(files.items()))})
+    print(f"written: {OUT}")
+
+
+def _survivor(one: Tried) -> dict[str, Any]:
+    mutant = one.mutant
+    return {
+        "where": f"{mutant.path.name}:{mutant.line}",
+        "function": mutant.function,
+        "operator": mutant.operator,
+        "change": mutant.change,
+        "explanation": EQUIVALENT.get(mutant.key),
     }
 
 

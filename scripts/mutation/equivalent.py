@@ -2,4 +2,40 @@
 
 from __future__ import annotations
 
-EQUIVALENT: dict[str, str] = {}
+BOOLEAN = "only comparisons are made of it, and they carry no gradient"
+UNUSED = "the argument is not used"
+
+EQUIVALENT: dict[str, str] = {
+    "clip.py:dppo: new_BT = logprobs_BT.detach().exp() -> new_BT = logprobs_BT.exp()": BOOLEAN,
+    "clip.py:dppo: old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny) -> "
+    "old_BT = new_BT.detach() / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny)": BOOLEAN,
+    "clip.py:dppo: old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny) -> "
+    "old_BT = new_BT / ratio_BT.clamp(min=torch.finfo(ratio_BT.dtype).tiny)": BOOLEAN,
+    "clip.py:dppo: distance_BT = (new_BT - old_BT).abs() -> distance_BT = (new_BT.detach() - old_BT).abs()": BOOLEAN,
+    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
+    "new_BT, old_BT = (new_BT.detach().clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps))": BOOLEAN,
+    "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
+    "old_BT * (old_BT / new_BT.detach()).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log()": BOOLEAN,
+    "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
+    "old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT.detach())).log()": BOOLEAN,
+    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
+    "new_BT, old_BT = (new_BT.clamp(eps, 1 + eps), old_BT.clamp(eps, 1 - eps))": "a token that became certain is "
+    "infinitely far instead of very far: beyond any threshold either way",
+    "clip.py:rpg_dual_clip: regularised_BT = regularised_advantages(ratio_BT, advantages_BT, divergence, beta) -> "
+    "regularised_BT = regularised_advantages(ratio_BT.detach(), advantages_BT, divergence, beta)": "the function "
+    "detaches what it returns",
+    "clip.py:rpg_dual_clip: return ppo(ratio_BT, regularised_BT, logprobs_BT, mask_BT, low=low, high=high, dual=dual) "
+    "-> return ppo(ratio_BT, regularised_BT, logprobs_BT.detach(), mask_BT, low=low, high=high, dual=dual)": UNUSED,
+    "distillation.py:generalised_jsd: x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) -> "
+    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min)": "a fourth is a margin; both sides get the same number, whose "
+    "exponential is 0 and whose difference is 0",
+    "distillation.py:generalised_jsd: torch.stack([teacher_TV + weights_2[0], student_TV + weights_2[1]]) -> "
+    "torch.stack([teacher_TV + weights_2[0], student_TV.detach() + weights_2[1]])": "the gradient through the mixture is "
+    "-sum dM = 0, because the mixture sums to 1",
+    "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "pull_BT = k2(ref_logprobs_BT, logprobs_BT, ratio_BT)": "k2 is symmetric",
+    "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT.detach())": UNUSED,
+    "kl.py:k3_corrected: return ratio_BT * k3(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "return ratio_BT * k3(logprobs_BT, ref_logprobs_BT, ratio_BT.detach())": UNUSED,
+}

@@ -149,7 +149,7 @@ def _changes(node: ast.AST, above: list[ast.AST]) -> Iterator[Change]:
             elif CARRIES_GRADIENT.fullmatch(name) and not _constant(node, above):
                 yield "core", "stop-gradient added", ast.Call(ast.Attribute(node, "detach", ast.Load()), [], [])
     match node:
-        case ast.Call(ast.Attribute(value, "detach")):
+        case ast.Call(ast.Attribute(value, "detach")) if not _under_no_grad(above):
             yield "core", "stop-gradient dropped", value
         case ast.Call(ast.Attribute(ast.Name("torch"), "where"), [condition, a, b]):
             yield "other", "branches swapped", ast.Call(node.func, [condition, b, a], [])
@@ -177,9 +177,12 @@ def _constant(node: ast.AST, above: list[ast.AST]) -> bool:
             return True
         if NO_GRADIENT.fullmatch(_called(ancestor)):
             return True
-        if isinstance(ancestor, ast.FunctionDef):
-            return any("no_grad" in ast.unparse(decorator) for decorator in ancestor.decorator_list)
-    return False
+    return _under_no_grad(above)
+
+
+def _under_no_grad(above: list[ast.AST]) -> bool:
+    functions = [ancestor for ancestor in above if isinstance(ancestor, ast.FunctionDef)]
+    return any("no_grad" in ast.unparse(decorator) for f in functions for decorator in f.decorator_list)
 
 
 def _put(mutant: Mutant, node: ast.AST) -> None:
