@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 BOOLEAN = "only comparisons are made of it, and they carry no gradient"
+SHAPE = "only its shape is used"
 UNUSED = "the argument is not used"
 
+FLAT = "matters only for a count that makes the group flat, where numerator and denominator are filled"
+STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
+
 EQUIVALENT: dict[str, str] = {
+    f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('.clamp(min=1)', '')}": FLAT,
+    f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('min=1', 'min=0')}": FLAT,
     "clip.py:dppo: new_BT = logprobs_BT.detach().exp() -> new_BT = logprobs_BT.exp()": BOOLEAN,
     "clip.py:dppo: old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny) -> "
     "old_BT = new_BT.detach() / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny)": BOOLEAN,
@@ -27,11 +33,15 @@ EQUIVALENT: dict[str, str] = {
     "clip.py:rpg_dual_clip: return ppo(ratio_BT, regularised_BT, logprobs_BT, mask_BT, low=low, high=high, dual=dual) "
     "-> return ppo(ratio_BT, regularised_BT, logprobs_BT.detach(), mask_BT, low=low, high=high, dual=dual)": UNUSED,
     "distillation.py:generalised_jsd: x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) -> "
-    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min)": "a fourth is a margin; both sides get the same number, whose "
-    "exponential is 0 and whose difference is 0",
+    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min)": "a fourth is a margin; both sides get the same "
+    "number, whose exponential is 0 and whose difference is 0",
     "distillation.py:generalised_jsd: torch.stack([teacher_TV + weights_2[0], student_TV + weights_2[1]]) -> "
-    "torch.stack([teacher_TV + weights_2[0], student_TV.detach() + weights_2[1]])": "the gradient through the mixture is "
-    "-sum dM = 0, because the mixture sums to 1",
+    "torch.stack([teacher_TV + weights_2[0], student_TV.detach() + weights_2[1]])": "the gradient through the mixture "
+    "is -sum dM = 0, because the mixture sums to 1",
+    "ratio.py:sequence: return safe_exp(mean_B1).expand_as(new_logprobs_BT) -> "
+    "return safe_exp(mean_B1).expand_as(new_logprobs_BT.detach())": SHAPE,
+    "ratio.py:sequence_product: return safe_exp(difference_BT.sum(dim=1, keepdim=True)).expand_as(new_logprobs_BT) -> "
+    "return safe_exp(difference_BT.sum(dim=1, keepdim=True)).expand_as(new_logprobs_BT.detach())": SHAPE,
     "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
     "pull_BT = k2(ref_logprobs_BT, logprobs_BT, ratio_BT)": "k2 is symmetric",
     "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "

@@ -132,6 +132,10 @@ def test_value_of_a_failed_row_is_not_looked_at(name):
     assert (low[2] == 0).all()
 
 
+def test_value_of_a_failed_row_is_not_looked_at_without_a_baseline():
+    assert call("reinforce", [1.0, 7.0], [0, 0], [True, False], baseline=None).tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("failed", [-5.0, 5.0])
 def test_failed_row_does_not_make_a_flat_group_vary(failed):
     got = call("group_norm", [0.1] * 7 + [failed], [0] * 8, valid=[True] * 7 + [False], dtype=torch.float32, eps=1e-9)

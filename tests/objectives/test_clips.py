@@ -209,6 +209,33 @@ def test_rpg_clip_branches_on_the_regularised_advantage(w, A, beta, weight):
     assert grad[0] == pytest.approx(0.0 if weight is None else -weight)
 
 
+def test_rpg_clip_cuts_what_reaches_a_bound():
+    """Bounds 0.5, 1.5 and 4: open intervals, with the loss of the bound itself; no sign (A = 0) is that of A > 0."""
+    one_BT = torch.ones(1, 1)
+    settings = {"divergence": "forward", "low": 0.5, "high": 0.5, "dual": 4.0}
+    for w, A, beta, low, high, weight in (
+        (0.5, -1.0, 0.0, True, False, 0.0),
+        (0.625, -1.0, 0.0, False, False, -0.625),
+        (1.25, -1.0, 0.0, False, False, -1.25),
+        (4.0, -1.0, 0.0, False, False, 0.0),
+        (1.5, 1.0, 0.0, False, True, 0.0),
+        (1.375, 0.5, 0.0, False, False, 0.6875),
+        (0.5, -1.0, 0.5, False, False, 0.0),  # A + C / w = 0: the lower bound is not that of this sign
+    ):
+        new_BT = (-2 * one_BT).requires_grad_()
+        out = CLIPS["rpg_clip"](w * one_BT, A * one_BT, new_BT, one_BT, beta=beta, **settings)
+        assert (out.low_BT.item(), out.high_BT.item()) == (low, high), w
+        assert out.loss_BT.item() == pytest.approx((A * w + beta) * 2)
+        (grad_BT,) = torch.autograd.grad(out.loss_BT.sum(), new_BT)
+        assert grad_BT.item() == pytest.approx(-weight), w
+
+
+@pytest.mark.parametrize("style", ["differentiable", "reinforce"])
+def test_rpg_marks_nothing(style):
+    *_, low, high = surrogate("rpg", [9.0], [1.0], divergence="forward", beta=0.1, style=style)
+    assert (low, high) == ([False], [False])
+
+
 def test_rpg_clip_takes_the_kl_at_the_clipped_ratio_and_detaches_it():
     """reverse_unnormalised at w = 3, A = -1: C = -beta 1.28 log 1.28, and only l = -x carries gradient."""
     C = -0.5 * 1.28 * math.log(1.28)
