@@ -7,9 +7,26 @@ SHAPE = "only its shape is used"
 UNUSED = "the argument is not used"
 
 FLAT = "matters only for a count that makes the group flat, where numerator and denominator are filled"
+MASKED = "what differs is overwritten by the masked_fill that follows"
+NO_ROW = "a group without a valid row: NaN compares false, and its numerators are 0"
+MEAN = "torch.zeros_like(count_P).index_add(0, index_B, reward_B) / count_P"
+MAXRL = "(numerator_B / torch.where(mean_B > 0, mean_B + eps, 1)).masked_fill(mean_B <= 0, 0)"
+FILLED = "(std + eps).expand_as(reward_B).masked_fill(flat_B, 1)"
+SILENT = "silent_B = ~valid_B | (n_B < k) | (sigma_B == 0)"
+PASSK = "return (numerator_B / sigma_B.masked_fill(silent_B, 1)).masked_fill(silent_B, 0)"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
+    f"advantage.py:group_mean_batch_std: {FILLED} -> {FILLED.replace('flat_B, 1', 'flat_B, 2')}": "its numerator is 0",
+    f"advantage_binary.py:passk: {SILENT} -> {SILENT.replace('n_B < k', 'n_B <= k')}": "with n = k sigma is 0",
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('.masked_fill(silent_B, 1)', '')}": MASKED,
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 0')}": MASKED,
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 2')}": MASKED,
+    f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
+    f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}.clamp(min=0)": NO_ROW,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('mean_B > 0', 'mean_B >= 0')}": MASKED,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('eps, 1', 'eps, 0')}": MASKED,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('eps, 1', 'eps, 2')}": MASKED,
     f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('.clamp(min=1)', '')}": FLAT,
     f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('min=1', 'min=0')}": FLAT,
     "clip.py:dppo: new_BT = logprobs_BT.detach().exp() -> new_BT = logprobs_BT.exp()": BOOLEAN,

@@ -75,6 +75,11 @@ def test_equal_rewards_are_exactly_zero_even_without_eps(name, size, dtype):
         assert (got[size:] != 0).all()
 
 
+def test_equal_rewards_of_a_whole_batch_are_zero_even_without_eps():
+    for name in ("group_mean_batch_std", "group_norm"):
+        assert (call(name, [0.1] * 6, [0, 0, 0, 1, 1, 1], eps=0.0) == 0).all()
+
+
 def test_group_of_one(golden):
     case = golden("edge_cases.json")["cases"]["group_of_one"]
     got = call("group_norm", case["rewards"], case["groups"])
