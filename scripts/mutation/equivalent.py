@@ -14,10 +14,24 @@ MAXRL = "(numerator_B / torch.where(mean_B > 0, mean_B + eps, 1)).masked_fill(me
 FILLED = "(std + eps).expand_as(reward_B).masked_fill(flat_B, 1)"
 SILENT = "silent_B = ~valid_B | (n_B < k) | (sigma_B == 0)"
 PASSK = "return (numerator_B / sigma_B.masked_fill(silent_B, 1)).masked_fill(silent_B, 0)"
+CORRECT = "correct_B = (reward_B >= threshold - 1e-06) & valid_B"
+CHOOSE = "ratio_B = ratio_B * (a_B - j).clamp(min=0) / (b_B - j).clamp(min=1)"
+ENOUGH = "b >= k wherever the row counts; the others are overwritten"
+MEANS = "v.masked_fill(~on_BT, 0).sum() / max(tokens, 1)"
+SAME_SUM = "both branches compute the same sum; this one is quicker for 1"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
     f"advantage.py:group_mean_batch_std: {FILLED} -> {FILLED.replace('flat_B, 1', 'flat_B, 2')}": "its numerator is 0",
+    f"advantage_binary.py:_counts: {CORRECT} -> {CORRECT.replace('>=', '>')}": "1e-6 is slack for rounding; no "
+    "reward is exactly there",
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('.clamp(min=0)', '')}": "a is whole: the product "
+    "is 0 before a factor is negative, and a = -1 only where the other branch is taken",
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('.clamp(min=1)', '')}": ENOUGH,
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('min=1', 'min=0')}": ENOUGH,
+    f"advantage_token.py:clip_cov: {MEANS} -> {MEANS.replace(', 1)', ', 0)')}": "without a token there is no candidate",
+    "advantage_token.py:_to_go: discount == 1 -> discount == 0": SAME_SUM,
+    "advantage_token.py:_to_go: discount == 1 -> discount == 2": SAME_SUM,
     f"advantage_binary.py:passk: {SILENT} -> {SILENT.replace('n_B < k', 'n_B <= k')}": "with n = k sigma is 0",
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('.masked_fill(silent_B, 1)', '')}": MASKED,
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 0')}": MASKED,

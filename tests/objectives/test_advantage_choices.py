@@ -92,8 +92,18 @@ def test_distill_is_the_penalty_itself():
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.0) == penalty
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.5)[0] == pytest.approx([0.5, 0.0, 2.0])
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=1.0)[0] == pytest.approx([1.5, 1.0, 2.0])
+    assert call("distill", [9.0], penalty=[[0.5]], mask=[[1.0]], discount=0.5) == [[0.5]]
     with pytest.raises(ConfigError, match="place: token_reward"):
         call("distill", [9.0], mask=mask, discount=0.0)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_distill_leaves_failed_rows_out(discount):
+    two_BR, valid_B = torch.ones(2, 1, dtype=D), torch.tensor([True, False])
+    penalty_BT = torch.tensor([[0.5], [0.25]], dtype=D)
+    group_B = torch.zeros(2, dtype=torch.long)
+    got = ADVANTAGES["distill"](two_BR, two_BR[0], group_B, valid_B, two_BR, penalty_BT, discount=discount)
+    assert got.tolist() == [[0.5], [0.0]]
 
 
 def test_correct_is_what_reaches_the_threshold_although_weights_are_rounded():
@@ -260,6 +270,19 @@ def test_clip_cov_takes_both_means_over_tokens():
         torch.tensor([[-1.0, -3.0], [-2.0, -7.0]]),
     )
     assert got_BT.tolist() == [[0.0, 1.0], [-1.0, -1.0]]
+
+
+def test_clip_cov_of_a_single_token_is_zero():
+    settings = {"name": "clip_cov", "eps": 0.0, "ddof": 0, "low": 0.0, "high": 0.0, "fraction": 1.0}
+    got_BT = Objective(settings, "token", "none", "token_mean").advantages(
+        torch.tensor([[1.0], [0.0]]),
+        torch.ones(1),
+        torch.tensor([0, 0]),
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+        None,
+        torch.tensor([[-1.0, -3.0], [-2.0, -7.0]]),
+    )
+    assert got_BT.tolist() == [[1.0, 0.0], [-1.0, -1.0]]
 
 
 def test_clip_cov_without_log_probs_is_refused():
