@@ -20,14 +20,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from golden.cases import CASES, Errors, build, check_case, stated
+from golden.cases import CASES, Errors, build, check_case, complete, stated
 from golden.files import FILES, check_collapse
 from rich.console import Console
 from rich.table import Table
 
 from lit_reason.errors import nearest
 
-__all__ = ["CASES", "FILES", "build", "check_case", "check_collapse", "main", "stated"]
+__all__ = ["CASES", "FILES", "build", "check_case", "check_collapse", "complete", "main", "stated"]
 
 TOLERANCE = 1e-12
 KNOWN_FILES = {"batch_main.json", "objectives_main.json", *FILES}
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in others:
             results |= FILES[others[name]](files[others[name]], inputs)
         elif name in CASES:
-            results[name] = check_case(name, golden["objectives"][name], inputs)
+            results[name] = check_case(name, complete(name, golden["objectives"]), inputs)
     return report(results, missing, args.subset)
 
 

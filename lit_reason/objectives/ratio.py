@@ -66,4 +66,6 @@ def safe_exp(x: Tensor) -> Tensor:
     An infinite ratio is clipped in value, but its backward is 0 * inf = NaN. A finite result below the bound is not
     changed in any bit.
     """
-    return torch.exp(x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2))
+    limits = torch.finfo(x.dtype)
+    # One rounding below half the logarithm: rounded up, the square of its exponential would overflow.
+    return torch.exp(x.clamp(max=math.log(limits.max) / 2 * (1 - limits.eps)))

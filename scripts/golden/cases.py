@@ -20,9 +20,31 @@ from lit_reason.objectives import Objective
 from lit_reason.rewards import conditioned
 from lit_reason.types import PolicyBatch
 
-_NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-UNSTATED = {"dr_grpo_verl_jan2026": {"l_max": 10}}  # `dr_grpo` states it for both
+_NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
+L_MAX = 10  # the reference's generation limit, where a file states none
 TOKEN_ADVANTAGES = "gspo_token_per_token_adv"  # one number per sequence times linspace(0.5, 1.5) over the padded length
+# A number that a case leaves to another one of its file ("as above"), and where it stands there.
+LEFT_TO = {
+    "dr_grpo_verl_jan2026": ("dr_grpo", "l_max"),
+    "gspo_token": ("gspo_wide_clip", "clip"),
+    TOKEN_ADVANTAGES: ("gspo_wide_clip", "clip"),
+    "reinforce_pp_verl": ("reinforce_pp_openrlhf", "kl"),
+}
+# Convention, pattern of a number in it, and the setting that it is.
+STATED = (
+    ("std", rf"(?:\beps=|\)\+)({_NUMBER})", "advantage", "eps"),
+    ("norm", rf"\bvar[,+]({_NUMBER})", "advantage", "eps"),
+    ("batch_norm", rf"\+({_NUMBER})", "advantage", "batch_eps"),
+    ("clip", rf"({_NUMBER})\s*/\s*{_NUMBER}", "clip", "low"),
+    ("clip", rf"{_NUMBER}\s*/\s*({_NUMBER})", "clip", "high"),
+    ("clip", rf"\beps1=({_NUMBER})", "clip", "low"),
+    ("clip", rf"\beps2=({_NUMBER})", "clip", "high"),
+    ("clip", rf"\bc=({_NUMBER})", "clip", "dual"),
+    ("clip", rf"\bcap ({_NUMBER})", "clip", "cap"),
+    ("is_weight", rf"\bmin\(.*, ({_NUMBER})\)", "clip", "cap"),
+    ("kl", rf"(?:\bbeta=|\bcoef |\bLOSS, )({_NUMBER})", "kl", "weight"),
+    ("kl_penalty_coef", rf"({_NUMBER})", "kl", "weight"),
+)
 ALGORITHMS = Path(__file__).resolve().parents[2] / "conf" / "algorithm"
 
 
@@ -156,20 +178,33 @@ for _short, _divergence in RPG.items():
     }
 
 
-def stated(case: Mapping[str, Any]) -> dict[str, Any]:
+def complete(name: str, cases: Mapping[str, Any]) -> dict[str, Any]:
+    """The case `name` of a file with what it leaves to another."""
+    case = {**cases[name], "conventions": dict(cases[name].get("conventions", {}))}
+    other, key = LEFT_TO.get(name, ("", ""))
+    there = cases.get(other, {})
+    if key in there:
+        case[key] = there[key]
+    elif key in there.get("conventions", {}):
+        case["conventions"][key] = there["conventions"][key]
+    return case
+
+
+def stated(case: Mapping[str, Any], algorithm: str = "") -> dict[str, Any]:
     """Overrides for the numbers that a case's own conventions state, e.g. clip "0.2/0.28 + dual clip c=10"."""
     says = {key: str(value) for key, value in case.get("conventions", {}).items()}
     found: dict[str, Any] = {}
-    if pair := re.search(rf"({_NUMBER})\s*/\s*({_NUMBER})", says.get("clip", "")):
-        found["clip"] = {"low": float(pair[1]), "high": float(pair[2])}
-    if dual := re.search(rf"\bc=({_NUMBER})", says.get("clip", "")):
-        found.setdefault("clip", {})["dual"] = float(dual[1])
-    if eps := re.search(rf"\beps=({_NUMBER})", says.get("std", "")):
-        found["advantage"] = {"eps": float(eps[1])}
-    if weight := re.search(rf"\b(?:beta=|coef )({_NUMBER})", says.get("kl", "")):
-        found["kl"] = {"weight": float(weight[1])}
-    if batch := re.search(rf"\+({_NUMBER})", says.get("batch_norm", "")):
-        found.setdefault("advantage", {})["batch_eps"] = float(batch[1])
+    for convention, pattern, axis, setting in STATED:
+        if number := re.search(pattern, says.get(convention, "")):
+            found.setdefault(axis, {})[setting] = float(number[1])
+    clip = says.get("clip", "")
+    if high := re.search(rf"\beps_high=({_NUMBER})", clip):
+        found["clip"] = {"cap": 1 + float(high[1])}
+    if both := re.search(rf"\bclamp\(1-({_NUMBER}), 1\+({_NUMBER})\)", clip):
+        found["clip"] = {"floor": 1 - float(both[1]), "cap": 1 + float(both[2])}
+    if "beta" in says:
+        axis, setting = ("clip", "beta") if algorithm == "rpg" else ("kl", "weight")
+        found.setdefault(axis, {})[setting] = float(says["beta"])
     if cut := re.match(rf"(\w+)_(truncate|mask), C_max=({_NUMBER}), C_min=({_NUMBER}|None)", says.get("is_weight", "")):
         low = {} if cut[2] == "truncate" else {"low": None if cut[4] == "None" else float(cut[4])}
         level = "geometric" if cut[1] == "geo" else cut[1]
@@ -183,7 +218,7 @@ def build(name: str, case: Mapping[str, Any] | None = None, **overrides: Any) ->
     config = OmegaConf.load(ALGORITHMS / f"{algorithm}.yaml")
     if not isinstance(config, DictConfig):
         raise TypeError(f"{algorithm}.yaml is not a mapping")
-    for change in (changes, stated(case or {}), overrides):
+    for change in (changes, stated(case or {}, algorithm), overrides):
         for axis, value in change.items():
             whole = not isinstance(value, Mapping) or "name" in value
             config[axis] = value if whole else OmegaConf.merge(config[axis], value)
@@ -191,10 +226,10 @@ def build(name: str, case: Mapping[str, Any] | None = None, **overrides: Any) ->
 
 
 def check_case(name: str, case: Mapping[str, Any], inputs: Mapping[str, Any]) -> Errors:
-    """Advantages, loss and gradient of one golden case."""
+    """Advantages, loss and gradient of one golden case, `complete`d."""
     objective = build(name, case)
     renamed = {**inputs, **{key: inputs[other] for key, other in CASES[name].inputs.items()}}
-    new_BT, batch, advantages_BT = make_batch(objective, {**UNSTATED.get(name, {}), **case}, renamed)
+    new_BT, batch, advantages_BT = make_batch(objective, case, renamed)
     if name == TOKEN_ADVANTAGES:
         advantages_BT = advantages_BT * torch.linspace(0.5, 1.5, advantages_BT.shape[1], dtype=torch.float64)
         batch.advantages_BT = advantages_BT
@@ -240,7 +275,7 @@ def make_batch(
         sequences_total=tensor(len(group_B)),
         tokens_total=length_B.sum(),
         prompts_total=tensor(len(group_B.unique())),
-        max_completion=tensor(case.get("l_max", mask_BT.shape[1])),
+        max_completion=tensor(case.get("l_max", L_MAX)),
         old_logprobs_BT=old_BT,
         ref_logprobs_BT=ref_BT,
     )

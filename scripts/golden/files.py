@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golden.cases import Errors, build, error, gdpo, group_norm, make_batch, tensor
+from golden.cases import Errors, build, error, gdpo, group_norm, make_batch, stated, tensor
 from lit_reason.modules.logprobs import chosen_logprobs
 from lit_reason.objectives import (
     AGGREGATIONS,
@@ -122,20 +122,22 @@ def check_edges(data: Data, inputs: Data) -> dict[str, Errors]:
         "zero_std_groups.keep": _kept(cases["zero_std_groups"], "rewards", "dynamic_sampling_keep"),
         "dapo_dynamic_sampling": _kept(cases["dapo_dynamic_sampling"], "accuracy", "keep"),
         "group_of_one": _group_of_one(cases["group_of_one"]),
-        "fully_masked_sequence": _fully_masked(cases["fully_masked_sequence"], inputs),
+        "fully_masked_sequence": _fully_masked(cases["fully_masked_sequence"], cases["aggregation"]["l_max"], inputs),
         "clip_edges": _clip_edges(cases["clip_edges"]["cases"]),
         "aggregation": _aggregation(cases["aggregation"], inputs),
         "dapo_soft_overlong": _soft_overlong(cases["dapo_soft_overlong"]),
         "missing_rollout_logprob": _missing_rollout(cases["missing_rollout_logprob"]),
         "verl_token_k1_bounds": _documented_bounds(cases["verl_token_k1_bounds"]),
     }
-    for size in (3, 6, 7):  # with the guard the answer is 0, whatever eps
-        assert f"float32_equal_rewards_G{size}" in cases
-        rewards_PG1 = torch.full((1, size, 1), 0.1, dtype=torch.float32)
+    for name in cases:
+        size = re.fullmatch(r"float32_equal_rewards_G(\d+)", name)
+        if not size:
+            continue
+        rewards_PG1 = torch.full((1, int(size[1]), 1), 0.1, dtype=torch.float32)
         worst = max(
             float(_advantages(build("grpo", advantage=group_norm(e)), rewards_PG1).abs().max()) for e in (0, 1e-9)
         )
-        found[f"float32_equal_rewards_G{size}"] = Errors(worst, None, None)
+        found[name] = Errors(worst, None, None)  # with the guard the answer is 0, whatever eps
     return {f"edge_cases.{name}": errors for name, errors in found.items()}
 
 
@@ -189,8 +191,9 @@ def _group_of_one(case: Data) -> Errors:
     return Errors(worst, None, None)
 
 
-def _fully_masked(case: Data, inputs: Data) -> Errors:
+def _fully_masked(case: Data, l_max: float, inputs: Data) -> Errors:
     masked = {**inputs, "mask": case["mask"]}
+    empty_rows = sum(not any(row) for row in case["mask"])
     worst = Errors(0.0, 0.0, 0.0)
     for key, expected in (case["results"] | {"gspo": case["gspo"]}).items():
         aggregation, _, empty = key.partition("|")
@@ -200,8 +203,8 @@ def _fully_masked(case: Data, inputs: Data) -> Errors:
             objective = build(
                 "dapo", advantage=group_norm(1e-4), clip={"high": 0.2}, aggregation=AGGREGATION_NAMES[aggregation]
             )
-        new_BT, batch, advantages_BT = make_batch(objective, {"l_max": 10}, masked)
-        batch.sequences_total = batch.sequences_total - int(empty == "drop")
+        new_BT, batch, advantages_BT = make_batch(objective, {"l_max": l_max}, masked)
+        batch.sequences_total = batch.sequences_total - empty_rows * (empty == "drop")
         loss = objective.loss(new_BT.requires_grad_(), batch).loss
         (gradient_BT,) = torch.autograd.grad(loss, new_BT)
         got = Errors(
@@ -259,15 +262,14 @@ def _soft_overlong(case: Data) -> Errors:
 
 
 def _missing_rollout(case: Data) -> Errors:
-    old_BT, ones_BT = tensor([[float(x) for x in case["old_minus_rollout"]]]).nan_to_num(), torch.ones(1, 3)
-    rollout_BT = tensor([[0.0 if x != "nan" else math.nan for x in case["old_minus_rollout"]]])
-    log_rho_BT = log_ratio(old_BT, rollout_BT, ones_BT)
+    difference_BT = tensor([[float(x) for x in case["old_minus_rollout"]]])
+    old_BT, ones_BT = difference_BT.nan_to_num(), torch.ones_like(difference_BT)
+    log_rho_BT = log_ratio(old_BT, difference_BT - difference_BT, ones_BT)  # NaN stays NaN
     worst = 0.0
     for level in ("token", "sequence"):
-        expected = tensor(case[f"{level}_ratio"]).expand(1, 3)
-        worst = max(
-            worst, error(CORRECTIONS["truncate"](log_rho_BT, ones_BT, level=level, high=9.0).weights_BT, expected)
-        )
+        expected = tensor(case[f"{level}_ratio"]).expand(old_BT.shape)
+        got = CORRECTIONS["truncate"](log_rho_BT, ones_BT, level=level, high=math.inf)
+        worst = max(worst, error(got.weights_BT, expected))
     return Errors(None, worst, None)
 
 
@@ -380,17 +382,19 @@ def check_critic(data: Data, inputs: Data) -> dict[str, Errors]:
     mask_BT, values_BT, old_BT, ref_BT, vpred_BT = (
         tensor(inputs[key]) for key in ("mask", "values", "old", "ref", "vpred")
     )
-    tokens_BT = 0.05 * (ref_BT - old_BT) * mask_BT  # -beta k1, then the reward on the last token
     last_B = mask_BT.sum(1).long() - 1
-    tokens_BT[torch.arange(len(last_B)), last_B] += tensor(inputs["reward"])
+    reward_BT = torch.zeros_like(mask_BT)
+    reward_BT[torch.arange(len(last_B)), last_B] = tensor(inputs["reward"])
     found: dict[str, Errors] = {}
     for key, case in data["cases"].items():
         if key == "mask_with_hole":
             found |= {f"{key}.{holes}": _holes(case, values_BT, holes) for holes in ("skip", "zero")}
             continue
         gamma, lam = (float(number) for number in re.findall(r"[\d.]+", key))
+        policy = case["policy"]
+        tokens_BT = reward_BT - stated(policy)["kl"]["weight"] * (old_BT - ref_BT) * mask_BT  # k1 to the reference
         raw_BT, returns_BT = gae(tokens_BT, values_BT, mask_BT, gamma=gamma, lam=lam, holes="skip")
-        policy, objective = case["policy"], build("grpo", aggregation="token_mean", kl={"weight": 0.0})
+        objective = build("grpo", aggregation="token_mean", kl={"weight": 0.0})
         new_BT, batch, _ = make_batch(objective, policy, inputs)
         batch.advantages_BT = whiten(raw_BT, mask_BT, eps=1e-8, ddof=1)
         loss = objective.loss(new_BT.requires_grad_(), batch).loss

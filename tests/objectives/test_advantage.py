@@ -75,6 +75,11 @@ def test_equal_rewards_are_exactly_zero_even_without_eps(name, size, dtype):
         assert (got[size:] != 0).all()
 
 
+def test_equal_rewards_of_a_whole_batch_are_zero_even_without_eps():
+    for name in ("group_mean_batch_std", "group_norm"):
+        assert (call(name, [0.1] * 6, [0, 0, 0, 1, 1, 1], eps=0.0) == 0).all()
+
+
 def test_group_of_one(golden):
     case = golden("edge_cases.json")["cases"]["group_of_one"]
     got = call("group_norm", case["rewards"], case["groups"])
@@ -105,6 +110,19 @@ def test_failed_row_counts_in_no_statistic(name):
     assert (alone_BT != 0).any()
 
 
+def test_failed_row_has_no_weight_in_the_token_norm():
+    """GDPO's length-weighted mean and variance, as if the row were not there."""
+    rewards, groups, lengths = [1.0, 0.0, 9.0, 3.0, 1.0], [0, 0, 0, 1, 1], [1, 4, 3, 2, 4]
+    mask_BT = (torch.arange(4) < torch.tensor(lengths)[:, None]).double()
+    keep = torch.tensor([True, True, False, True, True])
+    given = torch.tensor(rewards)[:, None], torch.ones(1), torch.tensor(groups)
+    made = objective("gdpo", batch_norm="token", batch_eps=1e-8)
+    got_BT = made.advantages(*given, mask_BT, valid_B=keep)
+    alone_BT = made.advantages(given[0][keep], given[1], given[2][keep], mask_BT[keep])
+    assert (got_BT[~keep] == 0).all()
+    torch.testing.assert_close(got_BT[keep], alone_BT)
+
+
 def test_group_left_with_one_valid_row_is_zero():
     got = call("group_norm", [1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], valid=[True, False, True, True])
     assert got[:2].tolist() == [0.0, 0.0]
@@ -117,6 +135,10 @@ def test_value_of_a_failed_row_is_not_looked_at(name):
     low = call(name, [1.0, 0.0, -50.0, 2.0, 3.0], groups, valid)
     torch.testing.assert_close(low, call(name, [1.0, 0.0, 70.0, 2.0, 3.0], groups, valid))
     assert (low[2] == 0).all()
+
+
+def test_value_of_a_failed_row_is_not_looked_at_without_a_baseline():
+    assert call("reinforce", [1.0, 7.0], [0, 0], [True, False], baseline=None).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("failed", [-5.0, 5.0])

@@ -41,6 +41,13 @@ def test_batch_std_is_of_the_raw_rewards():
     assert got == pytest.approx([-1 / (std + 0.5), 1 / (std + 0.5)] * 2)
 
 
+def test_batch_std_of_two():
+    """0 and 2: mean 1, sample std sqrt 2, population std 1."""
+    for ddof, std in ((1, math.sqrt(2)), (0, 1.0)):
+        got = call("group_mean_batch_std", [0.0, 2.0], eps=0.0, ddof=ddof)
+        assert got == pytest.approx([-1 / std, 1 / std])
+
+
 def test_reinforce_pp_sums_the_penalty_that_is_to_come():
     """Returns 1 + (0.1, 0.3), 1 + 0.3 and 0 - 0.2; population std over the three tokens that count."""
     mask, penalty = [[1.0, 1.0], [1.0, 0.0]], [[0.1, 0.3], [-0.2, 0.0]]
@@ -59,6 +66,14 @@ def test_reinforce_pp_floor_bounds_the_variance():
     assert got == [pytest.approx([0.25] * 2), pytest.approx([-0.25] * 2)]  # +-0.5 / sqrt(max(0.25, 4))
 
 
+def test_whitening_of_two_tokens_and_of_none():
+    """0 and 2: +-1 over the sample std sqrt 2."""
+    settings = {"eps": 0.0, "eps_rule": "add", "ddof": 1}
+    got = call("reinforce_pp", [0.0, 2.0], mask=[[1.0, 0.0], [0.0, 1.0]], **settings)
+    assert got == [pytest.approx([-math.sqrt(0.5), 0.0]), pytest.approx([0.0, math.sqrt(0.5)])]
+    assert call("reinforce_pp", [0.0, 2.0], mask=[[0.0, 0.0]] * 2, **settings) == [[0.0, 0.0]] * 2
+
+
 def test_reinforce_pp_baseline_centres_in_the_group_first():
     """Groups (10, 12) and (0, 2) with one token each: +-1, already white."""
     got = call("reinforce_pp_baseline", [10.0, 12.0, 0.0, 2.0], [0, 0, 1, 1], mask=[[1.0]] * 4, **FLOOR)
@@ -71,8 +86,18 @@ def test_distill_is_the_penalty_itself():
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.0) == penalty
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=0.5)[0] == pytest.approx([0.5, 0.0, 2.0])
     assert call("distill", [9.0], penalty=penalty, mask=mask, discount=1.0)[0] == pytest.approx([1.5, 1.0, 2.0])
+    assert call("distill", [9.0], penalty=[[0.5]], mask=[[1.0]], discount=0.5) == [[0.5]]
     with pytest.raises(ConfigError, match="k1_token_reward"):
         call("distill", [9.0], mask=mask, discount=0.0)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_distill_leaves_failed_rows_out(discount):
+    two_BR, valid_B = torch.ones(2, 1, dtype=D), torch.tensor([True, False])
+    penalty_BT = torch.tensor([[0.5], [0.25]], dtype=D)
+    group_B = torch.zeros(2, dtype=torch.long)
+    got = ADVANTAGES["distill"](two_BR, two_BR[0], group_B, valid_B, two_BR, penalty_BT, discount=discount)
+    assert got.tolist() == [[0.5], [0.0]]
 
 
 def test_correct_is_what_reaches_the_threshold_although_weights_are_rounded():
@@ -110,6 +135,7 @@ def test_maxrl():
         [1.5, -0.5, -0.5, -0.5]
     )
     assert call("maxrl", [1.0, 0.0, 0.0, 0.0], eps=0.0, baseline=None) == pytest.approx([4.0, 0.0, 0.0, 0.0])
+    assert call("maxrl", [1.0], eps=0.0, baseline=None) == [1.0]
     for baseline in (None, "group_mean"):
         assert call("maxrl", [0.0, 0.0], eps=0.0, baseline=baseline) == [0.0, 0.0]
         assert call("maxrl", [1.0, -1.0], eps=0.0, baseline=baseline) == [0.0, 0.0]
@@ -213,9 +239,42 @@ def test_clip_cov_silences_tokens_of_high_covariance():
     assert advantages(low=1.0, high=2.0, fraction=0.5) == [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0]]
     assert sum(map(abs, itertools.chain(*advantages(low=1.0, high=2.0, fraction=0.49)))) == 5  # one of the two
     assert advantages(low=1.0, high=2.0, fraction=0.24) == plain
+    assert advantages(low=1.5, high=1.5, fraction=0.5) == [[0.0, 1.0, 1.0], [-1.0, 0.0, -1.0]]  # bounds inside
     assert advantages(low=1.6, high=2.0, fraction=1.0) == plain
     assert advantages(low=0.0, high=1.4, fraction=1.0) == plain
     assert advantages(low=2.4, high=2.6, fraction=1.0) == plain  # a masked token's 0 would have 2.5
+
+
+def test_clip_cov_takes_both_means_over_tokens():
+    """A = (1, -1) on two tokens and one, mean 1/3; log p = -1, -3 | -2, mean -2: cov = 2/3, -2/3 | 0."""
+    built = Objective(
+        {"name": "clip_cov", "eps": 0.0, "ddof": 0, "low": 0.6, "high": 0.7, "fraction": 1.0},
+        "token",
+        "none",
+        "token_mean",
+    )
+    got_BT = built.advantages(
+        torch.tensor([[1.0], [0.0]]),
+        torch.ones(1),
+        torch.tensor([0, 0]),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        None,
+        torch.tensor([[-1.0, -3.0], [-2.0, -7.0]]),
+    )
+    assert got_BT.tolist() == [[0.0, 1.0], [-1.0, -1.0]]
+
+
+def test_clip_cov_of_a_single_token_is_zero():
+    settings = {"name": "clip_cov", "eps": 0.0, "ddof": 0, "low": 0.0, "high": 0.0, "fraction": 1.0}
+    got_BT = Objective(settings, "token", "none", "token_mean").advantages(
+        torch.tensor([[1.0], [0.0]]),
+        torch.ones(1),
+        torch.tensor([0, 0]),
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+        None,
+        torch.tensor([[-1.0, -3.0], [-2.0, -7.0]]),
+    )
+    assert got_BT.tolist() == [[1.0, 0.0], [-1.0, -1.0]]
 
 
 def test_clip_cov_without_log_probs_is_refused():

@@ -42,12 +42,38 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient():
     assert low == [False, True]
 
 
+def test_cispo_marks_what_is_capped_not_what_reaches_the_cap():
+    ratio_BT, one_BT = torch.tensor([[0.25, 0.5, 2.0, 4.0]]), torch.ones(1, 4)
+    out = CLIPS["cispo"](ratio_BT, one_BT, -one_BT, one_BT, floor=0.5, cap=2.0)
+    assert out.low_BT[0].tolist() == [True, False, False, False]
+    assert out.high_BT[0].tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("dual", [None, 4.0])
+def test_ppo_marks_what_its_bounds_cut(dual):
+    """Bounds 0.5 and 1.5, themselves inside; the lower acts where A < 0, the upper where A > 0, none at A = 0."""
+    ratio_BT, one_BT = torch.tensor([[0.25, 0.5, 0.75, 1.25, 1.5, 1.75]]), torch.ones(1, 6)
+    for advantage, low, high in ((-0.5, [0], []), (0.5, [], [5]), (0.0, [], [])):
+        out = CLIPS["ppo"](ratio_BT, advantage * one_BT, -one_BT, one_BT, low=0.5, high=0.5, dual=dual)
+        assert out.low_BT[0].nonzero().flatten().tolist() == low
+        assert out.high_BT[0].nonzero().flatten().tolist() == high
+
+
+@pytest.mark.parametrize(("name", "settings"), [("ppo", {}), ("rpg_clip", {"divergence": "forward", "beta": 0.1})])
+def test_a_dual_bound_of_one_is_refused_and_one_above_is_not(name, settings):
+    bounds = {"low": 0.2, "high": 0.2} | settings
+    assert surrogate(name, [1.0], [1.0], **bounds, dual=1.5)[1] != [0.0]
+    with pytest.raises(ConfigError, match=r"clip.dual: got 1.0"):
+        surrogate(name, [1.0], [1.0], **bounds, dual=1.0)
+
+
 def test_sapo_gate():
     """d/dx = -4 s (1 - s) r A with s = sigmoid(tau (r - 1)): exactly -A at r = 1, whatever tau."""
     ratios, advantages = [1.0, 1.0, 3.0, 3.0, 0.25], [2.0, -2.0, 1.0, -1.0, 1.0]
     loss, grad, low, high = surrogate("sapo", ratios, advantages, tau_positive=1.0, tau_negative=2.0)
     assert grad[:2] == pytest.approx([-2.0, 2.0])
     assert loss[:2] == pytest.approx([-4.0, 2.0])  # -(4 / tau) A / 2
+    assert surrogate("sapo", [1.0], [0.5], tau_positive=0.5, tau_negative=0.25)[0] == pytest.approx([-2.0])
     for i, tau in ((2, 1.0), (3, 2.0), (4, 1.0)):
         s = 1 / (1 + math.exp(-tau * (ratios[i] - 1)))
         assert loss[i] == pytest.approx(-4 / tau * s * advantages[i])
@@ -80,6 +106,47 @@ def test_dppo_kl_is_from_old_to_new():
     assert all(map(math.isfinite, loss + grad))
 
 
+def test_dppo_threshold_is_exceeded_not_reached_and_nothing_is_cut_without_an_advantage():
+    """p from 0.5 to 1: D = 0.5 exactly."""
+    ratio_BT, one_BT, zero_BT = torch.tensor([[2.0]]), torch.ones(1, 1), torch.zeros(1, 1)
+    for threshold, advantage, cut in ((0.5, 1.0, False), (0.49, 1.0, True), (0.49, 0.5, True), (0.49, 0.0, False)):
+        out = CLIPS["dppo"](ratio_BT, advantage * one_BT, zero_BT, one_BT, divergence="tv", threshold=threshold)
+        assert (out.high_BT.item(), out.low_BT.item()) == (cut, False)
+    for advantage, cut in ((-0.5, True), (0.0, False)):  # p from 1 to 0.5
+        out = CLIPS["dppo"](
+            0.5 * one_BT, advantage * one_BT, one_BT * math.log(0.5), one_BT, divergence="tv", threshold=0.2
+        )
+        assert (out.high_BT.item(), out.low_BT.item()) == (False, cut)
+
+
+@pytest.mark.parametrize(("ratio", "new"), [(2.0, 1.0), (0.5, 0.5)])
+def test_dppo_kl_of_a_token_that_was_or_became_certain(ratio, new):
+    """p from 0.5 to 1 is as good as infinitely far; p from 1 to 0.5 is log 2 = 0.69."""
+    sign = 1.0 if ratio > 1 else -1.0
+    for threshold, cut in ((0.69, True), (0.7, ratio > 1)):
+        settings = {"divergence": "kl", "threshold": threshold}
+        loss, _, low, high = surrogate("dppo", [ratio], [sign], [math.log(new)], **settings)
+        assert low + high == [cut and sign < 0, cut and sign > 0]
+        assert loss == pytest.approx([0.0 if cut else -ratio * sign])
+
+
+def test_gmpo_bounds_are_exceeded_not_reached():
+    """At r = 1 with bounds of 0 nothing is cut: the gradient is -A / L; without an advantage nothing is marked."""
+    for advantage in (1.0, -1.0):
+        _, grad, low, high = surrogate("gmpo", [1.0, 1.0], [advantage] * 2, low=0.0, high=0.0)
+        assert grad == pytest.approx([-advantage] * 2)
+        assert not any(low + high)
+    *_, low, high = surrogate("gmpo", [9.0, 0.1], [0.0] * 2, low=0.3, high=0.4)
+    assert not any(low + high)
+    assert surrogate("gmpo", [9.0, 0.1], [0.5] * 2, low=0.3, high=0.4)[3] == [True, False]
+
+
+def test_gmpo_of_one_token_is_its_ratio():
+    loss, grad, *_ = surrogate("gmpo", [1.2], [2.0], low=0.4, high=0.4)
+    assert loss == pytest.approx([-2.4])
+    assert grad == pytest.approx([-2.4])
+
+
 def test_gmpo_is_the_geometric_mean_of_clipped_ratios():
     """A > 0: log r = 1.0 is cut to 0.4, -0.9 is not; the masked token counts neither in the mean nor in its length."""
     ratios, mask = [math.e, math.exp(-0.9), math.exp(0.2), 50.0], [1.0, 1.0, 1.0, 0.0]
@@ -92,13 +159,13 @@ def test_gmpo_is_the_geometric_mean_of_clipped_ratios():
 
 
 def test_gmpo_where_the_advantage_is_negative():
-    """A < 0: -0.9 is cut to -0.3, 1.0 is not."""
-    ratios = [math.e, math.exp(-0.9)]
-    mean = math.exp((1.0 - 0.3) / 2)
-    loss, grad, low, high = surrogate("gmpo", ratios, [-1.0] * 2, low=0.3, high=0.4)
-    assert loss == pytest.approx([mean] * 2)
-    assert grad == pytest.approx([mean, 0.0])
-    assert (low, high) == ([False, True], [False, False])
+    """A < 0: -0.9 is cut to -0.3, 1.0 and 0.2 are not."""
+    ratios = [math.e, math.exp(-0.9), math.exp(0.2)]
+    mean = math.exp((1.0 - 0.3 + 0.2) / 3)
+    loss, grad, low, high = surrogate("gmpo", ratios, [-1.0] * 3, low=0.3, high=0.4)
+    assert loss == pytest.approx([mean] * 3)
+    assert grad == pytest.approx([mean, 0.0, mean])
+    assert (low, high) == ([False, True, False], [False] * 3)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "forward_unnormalised", "reverse", "reverse_unnormalised"])
@@ -140,6 +207,33 @@ def test_rpg_clip_branches_on_the_regularised_advantage(w, A, beta, weight):
     settings = BOUNDS | {"divergence": "forward", "beta": beta}
     _, grad, *_ = surrogate("rpg_clip", [w], [A], **settings)
     assert grad[0] == pytest.approx(0.0 if weight is None else -weight)
+
+
+def test_rpg_clip_cuts_what_reaches_a_bound():
+    """Bounds 0.5, 1.5 and 4: open intervals, with the loss of the bound itself; no sign (A = 0) is that of A > 0."""
+    one_BT = torch.ones(1, 1)
+    settings = {"divergence": "forward", "low": 0.5, "high": 0.5, "dual": 4.0}
+    for w, A, beta, low, high, weight in (
+        (0.5, -1.0, 0.0, True, False, 0.0),
+        (0.625, -1.0, 0.0, False, False, -0.625),
+        (1.25, -1.0, 0.0, False, False, -1.25),
+        (4.0, -1.0, 0.0, False, False, 0.0),
+        (1.5, 1.0, 0.0, False, True, 0.0),
+        (1.375, 0.5, 0.0, False, False, 0.6875),
+        (0.5, -1.0, 0.5, False, False, 0.0),  # A + C / w = 0: the lower bound is not that of this sign
+    ):
+        new_BT = (-2 * one_BT).requires_grad_()
+        out = CLIPS["rpg_clip"](w * one_BT, A * one_BT, new_BT, one_BT, beta=beta, **settings)
+        assert (out.low_BT.item(), out.high_BT.item()) == (low, high), w
+        assert out.loss_BT.item() == pytest.approx((A * w + beta) * 2)
+        (grad_BT,) = torch.autograd.grad(out.loss_BT.sum(), new_BT)
+        assert grad_BT.item() == pytest.approx(-weight), w
+
+
+@pytest.mark.parametrize("style", ["differentiable", "reinforce"])
+def test_rpg_marks_nothing(style):
+    *_, low, high = surrogate("rpg", [9.0], [1.0], divergence="forward", beta=0.1, style=style)
+    assert (low, high) == ([False], [False])
 
 
 def test_rpg_clip_takes_the_kl_at_the_clipped_ratio_and_detaches_it():
@@ -208,6 +302,7 @@ def test_a_ratio_beyond_the_dtype_gives_no_nan(name, settings, old):
     ("name", "settings", "said"),
     [
         ("sapo", {"tau_positive": 0.0, "tau_negative": 1.0}, "got 0.0, 1.0; valid: above 0"),
+        ("sapo", {"tau_positive": 1.0, "tau_negative": 0.0}, "got 1.0, 0.0; valid: above 0"),
         (
             "rpg_clip",
             {"divergence": "forward", "beta": 0.1, "low": 0.2, "high": 0.2, "dual": 0.5},

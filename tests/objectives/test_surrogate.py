@@ -7,6 +7,7 @@ import torch
 
 from lit_reason.errors import ConfigError
 from lit_reason.objectives import AGGREGATIONS, CLIPS, KL_TERMS, RATIOS, Objective
+from lit_reason.objectives.ratio import safe_exp
 from lit_reason.types import PolicyBatch
 
 # The reference's names of aggregations.
@@ -142,6 +143,14 @@ def test_a_ratio_that_overflows_gives_no_nan(ratio, advantage):
     (grad,) = torch.autograd.grad(output.loss, new)
     assert output.loss.isfinite()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_exponential_is_bounded_where_its_square_would_overflow(dtype):
+    largest = math.log(torch.finfo(dtype).max)
+    below, above = torch.tensor([0.49 * largest, -1.0], dtype=dtype), torch.tensor([0.51 * largest, 1e6], dtype=dtype)
+    assert torch.equal(safe_exp(below), below.exp())
+    assert safe_exp(above).square().isfinite().all()
 
 
 def test_dual_clip_below_one_is_refused_at_construction():

@@ -1,0 +1,1 @@
+"""What `mutate_objectives.py` is made of."""

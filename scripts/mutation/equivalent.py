@@ -1,0 +1,82 @@
+"""Mutants that do the same as the code, and why. Keyed by `Mutant.key`, which has no line numbers."""
+
+from __future__ import annotations
+
+BOOLEAN = "only comparisons are made of it, and they carry no gradient"
+SHAPE = "only its shape is used"
+UNUSED = "the argument is not used"
+
+FLAT = "matters only for a count that makes the group flat, where numerator and denominator are filled"
+MASKED = "what differs is overwritten by the masked_fill that follows"
+NO_ROW = "a group without a valid row: NaN compares false, and its numerators are 0"
+MEAN = "torch.zeros_like(count_P).index_add(0, index_B, reward_B) / count_P"
+MAXRL = "(numerator_B / torch.where(mean_B > 0, mean_B + eps, 1)).masked_fill(mean_B <= 0, 0)"
+FILLED = "(std + eps).expand_as(reward_B).masked_fill(flat_B, 1)"
+SILENT = "silent_B = ~valid_B | (n_B < k) | (sigma_B == 0)"
+PASSK = "return (numerator_B / sigma_B.masked_fill(silent_B, 1)).masked_fill(silent_B, 0)"
+CORRECT = "correct_B = (reward_B >= threshold - 1e-06) & valid_B"
+CHOOSE = "ratio_B = ratio_B * (a_B - j).clamp(min=0) / (b_B - j).clamp(min=1)"
+ENOUGH = "b >= k wherever the row counts; the others are overwritten"
+MEANS = "v.masked_fill(~on_BT, 0).sum() / max(tokens, 1)"
+SAME_SUM = "both branches compute the same sum; this one is quicker for 1"
+STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
+
+EQUIVALENT: dict[str, str] = {
+    f"advantage.py:group_mean_batch_std: {FILLED} -> {FILLED.replace('flat_B, 1', 'flat_B, 2')}": "its numerator is 0",
+    f"advantage_binary.py:_counts: {CORRECT} -> {CORRECT.replace('>=', '>')}": "1e-6 is slack for rounding; no "
+    "reward is exactly there",
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('.clamp(min=0)', '')}": "a is whole: the product "
+    "is 0 before a factor is negative, and a = -1 only where the other branch is taken",
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('.clamp(min=1)', '')}": ENOUGH,
+    f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('min=1', 'min=0')}": ENOUGH,
+    f"advantage_token.py:clip_cov: {MEANS} -> {MEANS.replace(', 1)', ', 0)')}": "without a token there is no candidate",
+    "advantage_token.py:_to_go: discount == 1 -> discount == 0": SAME_SUM,
+    "advantage_token.py:_to_go: discount == 1 -> discount == 2": SAME_SUM,
+    f"advantage_binary.py:passk: {SILENT} -> {SILENT.replace('n_B < k', 'n_B <= k')}": "with n = k sigma is 0",
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('.masked_fill(silent_B, 1)', '')}": MASKED,
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 0')}": MASKED,
+    f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 2')}": MASKED,
+    f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
+    f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}.clamp(min=0)": NO_ROW,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('mean_B > 0', 'mean_B >= 0')}": MASKED,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('eps, 1', 'eps, 0')}": MASKED,
+    f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('eps, 1', 'eps, 2')}": MASKED,
+    f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('.clamp(min=1)', '')}": FLAT,
+    f"advantage.py:group_mean_batch_std: {STD} -> {STD.replace('min=1', 'min=0')}": FLAT,
+    "clip.py:dppo: new_BT = logprobs_BT.detach().exp() -> new_BT = logprobs_BT.exp()": BOOLEAN,
+    "clip.py:dppo: old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny) -> "
+    "old_BT = new_BT.detach() / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny)": BOOLEAN,
+    "clip.py:dppo: old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny) -> "
+    "old_BT = new_BT / ratio_BT.clamp(min=torch.finfo(ratio_BT.dtype).tiny)": BOOLEAN,
+    "clip.py:dppo: distance_BT = (new_BT - old_BT).abs() -> distance_BT = (new_BT.detach() - old_BT).abs()": BOOLEAN,
+    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
+    "new_BT, old_BT = (new_BT.detach().clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps))": BOOLEAN,
+    "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
+    "old_BT * (old_BT / new_BT.detach()).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log()": BOOLEAN,
+    "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
+    "old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT.detach())).log()": BOOLEAN,
+    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
+    "new_BT, old_BT = (new_BT.clamp(eps, 1 + eps), old_BT.clamp(eps, 1 - eps))": "a token that became certain is "
+    "infinitely far instead of very far: beyond any threshold either way",
+    "clip.py:rpg_dual_clip: regularised_BT = regularised_advantages(ratio_BT, advantages_BT, divergence, beta) -> "
+    "regularised_BT = regularised_advantages(ratio_BT.detach(), advantages_BT, divergence, beta)": "the function "
+    "detaches what it returns",
+    "clip.py:rpg_dual_clip: return ppo(ratio_BT, regularised_BT, logprobs_BT, mask_BT, low=low, high=high, dual=dual) "
+    "-> return ppo(ratio_BT, regularised_BT, logprobs_BT.detach(), mask_BT, low=low, high=high, dual=dual)": UNUSED,
+    "distillation.py:generalised_jsd: x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) -> "
+    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min)": "a fourth is a margin; both sides get the same "
+    "number, whose exponential is 0 and whose difference is 0",
+    "distillation.py:generalised_jsd: torch.stack([teacher_TV + weights_2[0], student_TV + weights_2[1]]) -> "
+    "torch.stack([teacher_TV + weights_2[0], student_TV.detach() + weights_2[1]])": "the gradient through the mixture "
+    "is -sum dM = 0, because the mixture sums to 1",
+    "ratio.py:sequence: return safe_exp(mean_B1).expand_as(new_logprobs_BT) -> "
+    "return safe_exp(mean_B1).expand_as(new_logprobs_BT.detach())": SHAPE,
+    "ratio.py:sequence_product: return safe_exp(difference_BT.sum(dim=1, keepdim=True)).expand_as(new_logprobs_BT) -> "
+    "return safe_exp(difference_BT.sum(dim=1, keepdim=True)).expand_as(new_logprobs_BT.detach())": SHAPE,
+    "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "pull_BT = k2(ref_logprobs_BT, logprobs_BT, ratio_BT)": "k2 is symmetric",
+    "kl.py:k3_plus: pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "pull_BT = k2(logprobs_BT, ref_logprobs_BT, ratio_BT.detach())": UNUSED,
+    "kl.py:k3_corrected: return ratio_BT * k3(logprobs_BT, ref_logprobs_BT, ratio_BT) -> "
+    "return ratio_BT * k3(logprobs_BT, ref_logprobs_BT, ratio_BT.detach())": UNUSED,
+}
