@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_reason.loop.batching import collate, split
 from lit_reason.models import Base, ModelConfig, Transformer
+from lit_reason.modules import PolicyModule, Teacher
 from lit_reason.modules.logprobs import token_logprobs
+from lit_reason.optim import AdamW
 from lit_reason.types import Completion, Prompt
 
 ALGORITHMS = sorted((Path(__file__).resolve().parents[2] / "conf" / "algorithm").glob("*.yaml"))
@@ -30,7 +32,7 @@ EXTRA = {
     "grpo with all": {
         "entropy_coef": 0.05,
         "correction": {"name": "mask", "level": "token", "low": 0.5, "high": 2.0},
-        "kl": {"estimator": "k3_corrected", "place": "loss", "weight": 0.1},
+        "kl": {"name": "k3_is_corrected", "weight": 0.1},
     },
     "dapo per prompt": {"aggregation": "prompt_mean_token_mean"},
 }
@@ -45,8 +47,8 @@ def load(name):
     return instantiate(config)
 
 
-def make_model():
-    torch.manual_seed(0)
+def make_model(seed=0):
+    torch.manual_seed(seed)
     shape = {"vocab_size": 29, "width": 32, "depth": 2, "heads": 2, "kv_lora_rank": 12, "qk_nope_head_dim": 8}
     shape |= {"qk_rope_head_dim": 4, "v_head_dim": 8, "ffn_width": 48, "experts": 4, "expert_width": 16}
     return Transformer(ModelConfig(**shape, max_seq_len=32, base=Base(width=32, depth=2)))
@@ -79,14 +81,18 @@ def make_round(objective, model):
     batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.rollout_logprobs_BT = near(0.3), near(0.5), near(0.3)
     group_B = torch.arange(P).repeat_interleave(G)
     correct_B = torch.rand(B, generator=draw) > 0.5
-    batch.advantages_BT = objective.advantages(
-        torch.stack([correct_B.float(), torch.rand(B, generator=draw)], 1),
+    rewards_BR = torch.stack([correct_B.float(), torch.rand(B, generator=draw)], 1)
+    batch.values_BT = torch.randn(own_BT.shape, generator=draw) * batch.mask_BT
+    batch.advantages_BT, batch.returns_BT, batch.marked_BT = objective.assess(
+        rewards_BR,
         torch.tensor([1.0, 0.5]),
         group_B,
         batch.mask_BT,
         valid_B=valid_B,
         old_logprobs_BT=batch.old_logprobs_BT,
         ref_logprobs_BT=batch.ref_logprobs_BT,
+        values_BT=batch.values_BT,
+        greedy_BR=rewards_BR[:1].expand(B, -1),
     )
     return batch, group_B
 
@@ -101,11 +107,18 @@ class Loss(nn.Module):
 
     def __init__(self, model, objective):
         super().__init__()
-        self.model, self.objective = model, objective
+        reference = None
+        if objective.needs_teacher:
+            reference = Teacher("another")
+            reference.load(lambda name: make_model(seed=7))
+        torch.manual_seed(1)
+        self.policy = PolicyModule(model, AdamW(), objective, reference=reference)
+        if self.policy.critic is not None:
+            torch.nn.init.normal_(self.policy.critic.head.weight)
 
     def forward(self, batch):
-        logprobs_BT, entropy_BT = token_logprobs(self.model, batch, 1.0)
-        return self.objective.loss(logprobs_BT, batch, entropy_BT).loss
+        found = self.policy(batch)
+        return self.policy.objective.loss(found.logprobs_BT, batch, *found[1:]).loss
 
 
 class Padded(nn.Module):
@@ -113,14 +126,15 @@ class Padded(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.head = model, model.head
+        self.model, self.head, self.config = model, model.head, model.config
 
     def states_at(self, input_ids_BT, counts_BT):
         return self.model.hidden(input_ids_BT).states_BTD[counts_BT]
 
 
-def flat(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+def flat(loss):
+    """Of everything that is trained, the model before what the critic adds."""
+    return torch.cat([p.grad.flatten() for p in loss.parameters() if p.requires_grad])
 
 
 def accumulate(loss, batches):
@@ -141,7 +155,7 @@ def rank_gradient(name, group, world, own_totals=False):
     with loss.no_sync():
         (loss(parts[0]) * world).backward()
     (loss(parts[1]) * world).backward()
-    return flat(model)
+    return flat(loss)
 
 
 def on_rank(rank, out):
