@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(STUDIES))
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--train", action="store_true", help="write nothing")
+    parser.add_argument("--train", metavar="ARM", nargs="*", help="only train, all arms or these, and write nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("--rounds", type=int, default=60, help="of each run (60)")
+    parser.add_argument("--rounds", type=int, default=40, help="of each run (40)")
     args = parser.parse_args(argv)
     study = STUDIES[args.name]
     # seed by seed, so that an interrupted study has whole pairs
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for arm, overrides in study.arms.items()
     }
     if not args.report:
-        run_missing(list(trainings.values()), FOLDER)
-    if args.train:
+        run_missing([t for (arm, _), t in trainings.items() if not args.train or arm in args.train], FOLDER)
+    if args.train is not None:
         return
     folders = {pair: ROOT / FOLDER / found.name / found.last for pair, found in trainings.items()}
     runs = [learning.measure(study, *pair, folder) for pair, folder in folders.items()]

@@ -54,7 +54,6 @@ STUDIES: dict[str, Study] = {
     "rpg": Study(
         {
             "GRPO": (*GRPO, *FOUR, "optimizer.lr=0.0002"),
-            "GRPO without clip": (*GRPO, *FOUR, "algorithm.clip=none", "optimizer.lr=0.0002"),
             "RPG": ("algorithm=rpg", *FOUR, "optimizer.lr=0.0002"),
         },
         updates=4,
