@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ STUDIES: dict[str, Study] = {
 
 def training(overrides: Sequence[str], seed: int, rounds: int) -> Training:
     """The run of an arm; named by what it is, so that studies share it."""
-    words = [word for text in overrides for word in (text.replace("algorithm=", "").replace("rollout.shape.", ""),)]
-    name = "-".join([*words, f"rounds={rounds}", f"seed={seed}"]).replace("/", "_")
+    words = [text.replace("algorithm=", "").replace("rollout.shape.", "") for text in overrides]
+    name = re.sub(r"[^\w.-]", "_", "-".join([*words, f"rounds{rounds}", f"seed{seed}"]))  # nothing that Hydra parses
     return Training(name, (*COMMON, *overrides, f"rollout.shape.rounds={rounds}", f"seed={seed}"))
 
 
