@@ -212,6 +212,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/mup.md": {"lr_transfer": lr_transfer, "coord": coordinate_check, "in_use": in_use, "balance": balance},
     "benchmarks/README.md": {"drafts": drafts},
     "docs/studies/gdpo.md": {name: gdpo_table(table) for name, table in gdpo.TABLES.items()},
+    **{f"docs/studies/{name}.md": learning.tables(name) for name in learning.STUDIES},
 }
 
 

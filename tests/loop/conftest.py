@@ -108,7 +108,10 @@ class Even:
 def real_run(tmp_path):
     """`real_run(name, algorithm=.., shape=.., callbacks=.., max_steps=..)`: everything real but the reward."""
 
-    def build(name: str, algorithm: str = "gdpo", shape=None, callbacks=(), max_steps=-1, lr=2**-6, on_push=None):
+    def build(
+        name: str, algorithm: str = "gdpo", shape=None, callbacks=(), max_steps=-1, lr=2**-6, on_push=None,
+        reference=None, **changes,
+    ):  # fmt: skip
         shape = shape or RoundShape(rounds=3, prompts_per_round=3, group_size=4, micro_batches=2)
         torch.manual_seed(0)
         model = Transformer(
@@ -119,7 +122,7 @@ def real_run(tmp_path):
         )  # fmt: skip
         axes = yaml.safe_load((ALGORITHMS / f"{algorithm}.yaml").read_text())
         axes.pop("_target_")
-        policy = PolicyModule(model, AdamW(lr=lr), Objective(**axes), temperature=0.9)
+        policy = PolicyModule(model, AdamW(lr=lr), Objective(**axes | changes), temperature=0.9, reference=reference)
         engine, sampling = BuiltinEngine(ByteTokenizer(), dtype="float32"), Sampling(temperature=0.9, max_tokens=10)
         record = SimpleNamespace(policy=policy, engine=engine, completions=[], rewards=[], folder=tmp_path / name)
 

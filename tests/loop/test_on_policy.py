@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_reason.loop import RoundShape
 from lit_reason.models.checksum import checksum
+from lit_reason.modules import EMA, Refreshed
 from lit_reason.modules.policy import ROUND_KEY
 
 
@@ -55,21 +56,41 @@ def test_a_round_is_sampled_from_the_weights_after_the_last_step(real_run, minib
             assert max(stale) > 1e-2
 
 
-def test_stopped_in_the_middle_of_a_round_and_resumed_is_the_same_run(real_run):
-    shape = RoundShape(rounds=4, prompts_per_round=3, group_size=4, minibatches=3, micro_batches=2)
-    whole = real_run("whole", shape=shape)
+@pytest.mark.parametrize(
+    ("algorithm", "refills", "reference", "changes"),
+    [
+        ("gdpo", 0, None, {}),
+        ("ppo", 1, None, {}),
+        (
+            "grpo",
+            0,
+            lambda: EMA(0.8),
+            {"kl": {"name": "k2_loss", "weight": 0.1, "target": 0.01}, "entropy_target": 4.0},
+        ),
+        ("kl_cov", 0, lambda: Refreshed(2), {"kl": {"name": "k3_loss", "weight": 0.1}}),
+        ("remax", 0, None, {"clip": "none"}),
+    ],
+)
+def test_stopped_in_the_middle_of_a_round_and_resumed_is_the_same_run(real_run, algorithm, refills, reference, changes):
+    """What a resume must carry besides the weights: the critic, a moving reference, coefficients, marks, refills."""
+    shape = RoundShape(rounds=4, prompts_per_round=3, group_size=4, minibatches=3, micro_batches=2, refills=refills)
+
+    def make(name, **kwargs):
+        return real_run(name, algorithm, reference=None if reference is None else reference(), **kwargs, **changes)
+
+    whole = make("whole", shape=shape)
     whole.trainer.fit(whole.policy, whole.loop)
     assert whole.trainer.global_step == 12 and shape.updates == 3
 
     saver = ModelCheckpoint(every_n_train_steps=1, save_top_k=1, save_last=True)
-    first = real_run("first", shape=shape, callbacks=[saver], max_steps=5)  # 5 = 3 + 2: inside the second round
+    first = make("first", shape=shape, callbacks=[saver], max_steps=5)  # 5 = 3 + 2: inside the second round
     first.policy._seconds = 3600.0  # more than this test can take: it tells what was saved from what was added
     first.trainer.fit(first.policy, first.loop)
     assert first.trainer.global_step == 5 and len(first.completions) == 2
 
     saved = torch.load(saver.last_model_path, weights_only=True)[ROUND_KEY]
     assert 3600 < saved["seconds"] <= first.policy.seconds
-    second = real_run("second", shape=shape, callbacks=[ModelCheckpoint(every_n_train_steps=1)])
+    second = make("second", shape=shape, callbacks=[ModelCheckpoint(every_n_train_steps=1)])
     began = time.perf_counter()
     second.trainer.fit(second.policy, second.loop, ckpt_path=saver.last_model_path)
     took = time.perf_counter() - began
@@ -87,3 +108,6 @@ def test_stopped_in_the_middle_of_a_round_and_resumed_is_the_same_run(real_run):
     for (name, a), b in zip(whole.policy.state_dict().items(), second.policy.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert checksum(first.policy.model) != checksum(second.policy.model) == checksum(whole.policy.model)
+    assert second.policy.objective.coefficients.state_dict() == whole.policy.objective.coefficients.state_dict()
+    with second.policy.reference.model() as one, whole.policy.reference.model() as other:
+        assert checksum(one) == checksum(other)
