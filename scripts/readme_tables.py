@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from studies import gdpo
+from studies import gdpo, learning
 
 from lit_reason.report.metrics import markdown_table
 
