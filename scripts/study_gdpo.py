@@ -49,16 +49,20 @@ START = Training(
     last="sft",
 )
 LENGTH_LIMIT = 26
-COMMON = (
-    "experiment=arith_gdpo",
-    f"init=dir:{FOLDER}/start/sft/model",
-    "extras.threads=1",
+REWARD = (
     "reward.format.weight=1",
     "reward.length.weight=1",
     f"reward.length.max_tokens={LENGTH_LIMIT}",
     "reward.length.buffer=0",
+)
+COMMON = (
+    "experiment=arith_gdpo",
+    f"init=dir:{FOLDER}/start/sft/model",
+    "extras.threads=1",
+    *REWARD,
     "evaluation.n=500",
 )
+HELD_OUT = ("n=2000", "extras.threads=1", "rollout.sampling.max_tokens=48", *REWARD)  # all held-out problems there are
 
 
 def training(arm: str, seed: int, n_rounds: int) -> Training:
@@ -73,11 +77,10 @@ def measure(arm: str, seed: int, run_dir: Path) -> dict[str, Any]:
     played = list(rounds(run_dir))
     curves = {name: curve(run_dir, f"reward/{name}/mean") for name in gdpo.REWARDS}
     curves["all three"] = [gdpo.all_three(rows) for rows in played]
-    found = held_out(run_dir)
     return {
         "arm": arm,
         "seed": seed,
-        "held_out": {name: found[name] for name in gdpo.HELD_OUT},
+        "held_out": gdpo.means(held_out(run_dir, HELD_OUT)),
         "curves": curves,
         "resolution": {seen: over_rounds(gdpo.resolution, seen, played) for seen in gdpo.ARMS},
         "credit": {seen: over_rounds(gdpo.credit, seen, played) for seen in gdpo.ARMS},
@@ -120,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_missing([START, *trainings.values()], FOLDER)
     folders = {pair: ROOT / FOLDER / found.name / found.last for pair, found in trainings.items()}
     runs = [measure(*pair, folder) for pair, folder in folders.items()]
+    items = {pair: held_out(folder, HELD_OUT) for pair, folder in folders.items()}
     record = {
         **circumstances("cpu"),
         "commits": sorted({trained_by(folder) for folder in folders.values()}),
@@ -128,10 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "rounds": args.rounds,
             "start": START.overrides,
             "common": COMMON,
+            "held_out": HELD_OUT,
             "arms": {arm: gdpo.ARMS[arm] for arm in args.arms},
         },
         "distinct_groups": gdpo.counts(),
-        "summary": gdpo.summary(runs),
+        "start": gdpo.means(held_out(ROOT / FOLDER / START.name / START.last, HELD_OUT)),
+        "summary": gdpo.summary(runs) | {"held-out, over problems": gdpo.over_problems(items)},
         "runs": runs,
     }
     write_json(RECORD, record)

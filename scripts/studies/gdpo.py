@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_reason.evaluate.metrics import paired_difference
 from lit_reason.objectives import ADVANTAGES
 from studies.stats import Interval, paired_interval, t_interval, verdict
 
@@ -114,6 +115,35 @@ def all_three(rows: Sequence[Mapping[str, Any]]) -> float:
     return statistics.fmean(all(row["rewards"][name] == 1 for name in REWARDS) for row in rows)
 
 
+def means(items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`{reward: mean}` of held-out problems, as `lit-reason-eval` writes them, and the rewards' sum, `total`."""
+    found = {name: statistics.fmean(item["columns"][name] for item in items) for name in (*REWARDS, "answer_anywhere")}
+    return found | {"total": sum(found[name] for name in REWARDS)}
+
+
+def over_problems(items: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The held-out differences with intervals over *problems*, each problem's rewards averaged over seeds first.
+
+    Args:
+        items: `{(arm, seed): one greedy completion per held-out problem}`.
+    """
+    arms = dict.fromkeys(arm for arm, _ in items)
+    found: dict[str, Any] = {}
+    for name in REWARDS:
+        average = {
+            arm: {
+                group[0]["prompt_id"]: statistics.fmean(item["columns"][name] for item in group)
+                for group in zip(*(rows for (other, _), rows in items.items() if other == arm), strict=True)
+            }
+            for arm in arms
+        }
+        found[name] = {"GDPO minus": {}}
+        for arm in average.keys() - {"GDPO"}:
+            difference = paired_difference(average[arm], average["GDPO"])
+            found[name]["GDPO minus"][arm] = Interval(difference.value, difference.low, difference.high)
+    return found
+
+
 def counts() -> dict[str, Any]:
     """The paper's figure: distinct groups by group size with two rewards, by number of rewards with groups of 4."""
     return {
@@ -183,6 +213,13 @@ def levels_table(record: Mapping[str, Any], where: str) -> str:
     return "\n".join(lines)
 
 
+def held_out_table(record: Mapping[str, Any]) -> str:
+    """Below a line for the start, which is one model for all runs."""
+    head, rule, *rows = levels_table(record, "held-out").splitlines()
+    start = " | ".join(f"{record['start'][name]:.3f}" for name in HELD_OUT)
+    return "\n".join([head, rule, f"| the start | {start} |", *rows])
+
+
 def differences_table(record: Mapping[str, Any]) -> str:
     """A row per measure: GDPO minus each of the others, paired by seed, with a word."""
     others = [arm for arm in arms_of(record["runs"]) if arm != "GDPO"]
@@ -243,7 +280,7 @@ def setting_line(record: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "setting": setting_line,
-    "held_out": partial(levels_table, where="held-out"),
+    "held_out": held_out_table,
     "last_rounds": partial(levels_table, where=f"last {TAIL} rounds"),
     "differences": differences_table,
     "counts": counts_table,

@@ -64,11 +64,15 @@ def run_missing(trainings: Sequence[Training], folder: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         (home / TOLD).write_text(json.dumps(training.overrides))
         log, start = home.with_name(f"{training.name}.log"), time.perf_counter()
-        with log.open("w") as file:
-            code = subprocess.run(training.command(folder), cwd=ROOT, stdout=file, stderr=file, check=False).returncode
-        if code:
-            raise SystemExit(f"{training.name} ended with code {code}; read {log}")
+        _run(training.command(folder), log)
         print(f"{training.name}: {time.perf_counter() - start:.0f} s, {number} of {len(missing)}", flush=True)
+
+
+def _run(command: Sequence[str], log: Path) -> None:
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False).returncode
+    if code:
+        raise SystemExit(f"{command[2]} ended with code {code}; read {log}")
 
 
 def curve(run_dir: Path, metric: str) -> list[float]:
@@ -89,9 +93,14 @@ def rounds(run_dir: Path) -> Iterator[list[dict[str, Any]]]:
         yield read_rows(path)
 
 
-def held_out(run_dir: Path) -> dict[str, float]:
-    """`{reward: its mean over held-out problems}`, greedy, after training."""
-    return {name: value["after"] for name, value in read_json(run_dir / "summary.json")["rewards"].items()}
+def held_out(run_dir: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The greedy completions of held-out problems by a stage's final weights: `lit-reason-eval`, done once and kept."""
+    home = run_dir / "held_out"
+    if not (home / "items.jsonl").exists():
+        home.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "lit_reason.cli.eval", f"checkpoint=dir:{run_dir / 'model'}", *overrides]
+        _run([*command, f"run_dir={home}"], home / "log")
+    return read_rows(home / "items.jsonl")
 
 
 def trained_by(run_dir: Path) -> str:

@@ -173,6 +173,31 @@ def made_up(arm: str, seed: int, level: float) -> dict:
     }
 
 
+def test_differences_over_problems_average_seeds_first(gdpo):
+    """Of 60 problems GDPO is right on the first with both seeds, on the second with one; GRPO on the third, twice.
+
+    1 - 0, 1/2 - 0, 0 - 1: sum 1/2. Every problem is in form with GDPO and none with GRPO: the interval is right of 0.
+    """
+
+    def items(answers: list[float], form: float) -> list[dict]:
+        columns = [{"answer": answer, "format": form, "length": 1.0, "answer_anywhere": 1.0} for answer in answers]
+        return [{"prompt_id": f"p{i}", "columns": column} for i, column in enumerate(columns)]
+
+    played = {
+        ("GDPO", 1): items([1.0, 1.0, 0.0] + [0.0] * 57, 1.0),
+        ("GRPO", 1): items([0.0, 0.0, 1.0] + [0.0] * 57, 0.0),
+        ("GDPO", 2): items([1.0, 0.0, 0.0] + [0.0] * 57, 1.0),
+        ("GRPO", 2): items([0.0, 0.0, 1.0] + [0.0] * 57, 0.0),
+    }
+    found = gdpo.over_problems(played)
+    assert found["answer"]["GDPO minus"]["GRPO"].mean == pytest.approx(0.5 / 60)
+    assert found["answer"]["GDPO minus"]["GRPO"].low < 0 < found["answer"]["GDPO minus"]["GRPO"].high
+    assert found["format"]["GDPO minus"]["GRPO"].mean == 1 and found["format"]["GDPO minus"]["GRPO"].low > 0.9
+    assert gdpo.means(played["GDPO", 1]) == pytest.approx(
+        {"answer": 2 / 60, "format": 1, "length": 1, "answer_anywhere": 1, "total": 2 + 2 / 60}
+    )
+
+
 def test_tables_of_made_up_runs(gdpo):
     """GDPO 0.3, 0.5, 0.7: mean 0.5, s = 0.2, half-width 4.3027 * 0.2 / sqrt 3 = 0.497; GRPO is 0.1 below everywhere."""
     runs = []
@@ -181,7 +206,10 @@ def test_tables_of_made_up_runs(gdpo):
         runs += [made_up("GRPO without std", seed, level + (0.01 if seed else -0.01))]
     record = {"summary": gdpo.summary(runs), "runs": runs}
     assert "| GDPO | 0.500 [0.003, 0.997] |" in gdpo.levels_table(record, "last 10 rounds")
-    assert "| GDPO | 0.250 [0.002, 0.498] |" in gdpo.levels_table(record, "held-out")
+    record["start"] = dict.fromkeys(gdpo.HELD_OUT, 0.125)
+    assert "| the start | 0.125 | 0.125 | 0.125 | 0.125 | 0.125 |\n| GDPO | 0.250 [0.002, 0.498] |" in (
+        gdpo.held_out_table(record)
+    )
     differences = gdpo.differences_table(record).splitlines()
     line = next(line for line in differences if line.startswith("| last 10 rounds: answer"))
     assert "+0.100 [+0.100, +0.100] | higher | -0.003 [-0.032, +0.025] | no difference shown" in line
@@ -201,7 +229,7 @@ def small(study, monkeypatch, tmp_path):
 def test_what_is_done_is_not_run_again_and_other_settings_are_told(small, tmp_path, capsys):
     """A training that could not run: an unknown override."""
     training = small.Training("a", ("no_such_key=1",))
-    with pytest.raises(SystemExit, match=r"a ended with code 2; read .*a\.log"):
+    with pytest.raises(SystemExit, match=r"lit_reason.cli.train ended with code 2; read .*a\.log"):
         small.run_missing([training], small.Path("studies"))
     assert "no_such_key" in (tmp_path / "studies" / "a.log").read_text()
     (tmp_path / "studies" / "a" / "rl").mkdir()
@@ -218,5 +246,5 @@ def test_the_stored_record_says_what_its_page_shows(study):
     fresh = study.gdpo.summary(record["runs"])
     for where, columns in record["summary"].items():
         for name, column in columns.items():
-            for arm, interval in column["arms"].items():
+            for arm, interval in column.get("arms", {}).items():
                 assert interval == pytest.approx(list(fresh[where][name]["arms"][arm]), abs=1e-5)
