@@ -19,6 +19,14 @@ CHOOSE = "ratio_B = ratio_B * (a_B - j).clamp(min=0) / (b_B - j).clamp(min=1)"
 ENOUGH = "b >= k wherever the row counts; the others are overwritten"
 MEANS = "v.masked_fill(~on_BT, 0).sum() / max(tokens, 1)"
 SAME_SUM = "both branches compute the same sum; this one is quicker for 1"
+CERTAIN = "a token that became certain is infinitely far instead of very far: beyond any threshold either way"
+EPS = "new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps))"
+OLD = "old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny)"
+FELL, ROSE = "far_BT & (advantages_BT < 0) & (ratio_BT < 1)", "far_BT & (advantages_BT > 0) & (ratio_BT > 1)"
+UNMOVED = "at a ratio of 1 nothing has moved, so it is not far"
+NEVER = "low_BT = _never(ratio_BT)[0] if floor is None else ratio_BT < floor"
+TAU = "tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative).to(ratio_BT.dtype)"
+KL = "return (p_TV * (log_p_TV - log_q_TV).masked_fill(p_TV == 0, 0)).sum(-1)"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -55,9 +63,17 @@ EQUIVALENT: dict[str, str] = {
     "old_BT * (old_BT / new_BT.detach()).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log()": BOOLEAN,
     "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
     "old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT.detach())).log()": BOOLEAN,
-    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
-    "new_BT, old_BT = (new_BT.clamp(eps, 1 + eps), old_BT.clamp(eps, 1 - eps))": "a token that became certain is "
-    "infinitely far instead of very far: beyond any threshold either way",
+    f"clip.py:dppo: {EPS} -> {EPS.replace('1 - eps', '1 + eps', 1)}": CERTAIN,
+    f"clip.py:dppo: {EPS} -> {EPS.replace('1 - eps', '2 - eps', 1)}": CERTAIN,
+    f"clip.py:dppo: {OLD} -> old_BT = new_BT / ratio_BT.detach()": "infinity is as far as its bound, and NaN compares "
+    "false, as 0 does",
+    f"clip.py:dppo: {FELL} -> {FELL.replace('ratio_BT <', 'ratio_BT <=')}": UNMOVED,
+    f"clip.py:dppo: {ROSE} -> {ROSE.replace('ratio_BT >', 'ratio_BT >=')}": UNMOVED,
+    f"clip.py:cispo: {NEVER} -> {NEVER.replace('[0]', '[1]')}": "both are the same",
+    f"clip.py:sapo: {TAU} -> {TAU.replace('> 0', '>= 0')}": "times an advantage of 0",
+    f"distillation.py:_kl: {KL} -> {KL.replace(', 0)', ', 1)')}": "times a probability of 0",
+    "distillation.py:generalised_jsd: x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) -> "
+    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 5)": "any number whose exponential is 0 does",
     "clip.py:rpg_dual_clip: regularised_BT = regularised_advantages(ratio_BT, advantages_BT, divergence, beta) -> "
     "regularised_BT = regularised_advantages(ratio_BT.detach(), advantages_BT, divergence, beta)": "the function "
     "detaches what it returns",
