@@ -27,6 +27,11 @@ UNMOVED = "at a ratio of 1 nothing has moved, so it is not far"
 NEVER = "low_BT = _never(ratio_BT)[0] if floor is None else ratio_BT < floor"
 TAU = "tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative).to(ratio_BT.dtype)"
 KL = "return (p_TV * (log_p_TV - log_q_TV).masked_fill(p_TV == 0, 0)).sum(-1)"
+WEIGHT = "weight_BT = w_BT * advantages_BT + beta * _component(w_BT, divergence)"
+RPG_KL = "kl_BT = beta * _component(w_BT.clamp(1 - low, 1 + high), divergence)"
+AWAY = "torch.where(high_BT, 1 + high, torch.where(away_BT, dual, w_BT))"
+DETACHED = "it is detached already, or all that is made of it is"
+ANY_LOW = "a lower bound of 0 or of 1 passes the same check"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -44,6 +49,12 @@ EQUIVALENT: dict[str, str] = {
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('.masked_fill(silent_B, 1)', '')}": MASKED,
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 0')}": MASKED,
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 2')}": MASKED,
+    f"rpg.py:rpg: {WEIGHT} -> {WEIGHT.replace('w_BT *', 'w_BT.detach() *')}": DETACHED,
+    f"rpg.py:rpg: {WEIGHT} -> {WEIGHT.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
+    f"rpg.py:rpg_clip: {RPG_KL} -> {RPG_KL.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
+    f"rpg.py:rpg_clip: {AWAY} -> {AWAY.replace('w_BT', 'w_BT.detach()')}": DETACHED,
+    "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
+    "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}.clamp(min=0)": NO_ROW,
     f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('mean_B > 0', 'mean_B >= 0')}": MASKED,

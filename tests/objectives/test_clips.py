@@ -226,6 +226,7 @@ def test_rpg_clip_cuts_what_reaches_a_bound():
         (4.0, -1.0, 0.0, False, False, 0.0),
         (1.5, 1.0, 0.0, False, True, 0.0),
         (1.375, 0.5, 0.0, False, False, 0.6875),
+        (0.0, 1.0, 0.0, False, False, 0.0),  # underflowed, without a KL: still the sign of A
         (0.5, -1.0, 0.5, False, False, 0.0),  # A + C / w = 0: the lower bound is not that of this sign
     ):
         new_BT = (-2 * one_BT).requires_grad_()

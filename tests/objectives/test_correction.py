@@ -44,6 +44,7 @@ def test_truncated_and_masked():
     assert correct("mask", level="token", low=None, high=2.0).cut_BT[0].tolist() == [True, False, False]
     edge = math.exp(0.6) - 1e-6  # the bounds themselves are kept
     assert not CORRECTIONS["mask"](torch.zeros(1, 1), torch.ones(1, 1), level="token", low=1.0, high=1.0).cut_BT.any()
+    assert not CORRECTIONS["truncate"](torch.zeros(1, 1), torch.ones(1, 1), level="token", high=1.0).cut_BT.any()
     assert correct("mask", level="token", low=None, high=edge).cut_BT[0].tolist() == [True, False, True]
     for low, high in ((0.0, 0.0), (1.5, 2.0), (0.1, 0.5)):
         with pytest.raises(ConfigError, match="valid: low <= 1 <= high"):
