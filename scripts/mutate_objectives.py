@@ -189,8 +189,9 @@ def _write(tried: list[Tried], names: list[str], again: bool) -> None:
     for name, kinds in _counts(tried).items():
         for kind, verdicts in kinds.items() if name != "all" else ():
             here = [one for one in tried if (one.mutant.path.name, one.mutant.kind) == (name, kind)]
-            before = files.setdefault(name, {}).get(kind, {}).get("killed", 0) if again else 0
-            files[name][kind] = {
+            entry = files.setdefault(name, {})
+            before = entry.get(kind, {}).get("killed", 0) if again else 0
+            entry[kind] = {
                 "commit": git.stdout.strip(),
                 "source": _digest(name),
                 "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -200,7 +201,7 @@ def _write(tried: list[Tried], names: list[str], again: bool) -> None:
                 "survivors": [_survivor(one) for one in here if one.outcome.killer is None],
             }
     totals = {
-        kind: {verdict: sum(entry[kind][verdict] for entry in files.values() if kind in entry) for verdict in VERDICTS}
+        kind: {verdict: sum(kinds[kind][verdict] for kinds in files.values() if kind in kinds) for verdict in VERDICTS}
         for kind in ("core", "other")
     }
     for verdicts in totals.values():

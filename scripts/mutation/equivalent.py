@@ -32,6 +32,7 @@ RPG_KL = "kl_BT = beta * _component(w_BT.clamp(1 - low, 1 + high), divergence)"
 AWAY = "torch.where(high_BT, 1 + high, torch.where(away_BT, dual, w_BT))"
 DETACHED = "it is detached already, or all that is made of it is"
 ANY_LOW = "a lower bound of 0 or of 1 passes the same check"
+REGULARISED = "advantages_BT - beta * log_w_BT if divergence == 'reverse_unnormalised' else advantages_BT"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -53,6 +54,14 @@ EQUIVALENT: dict[str, str] = {
     f"rpg.py:rpg: {WEIGHT} -> {WEIGHT.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
     f"rpg.py:rpg_clip: {RPG_KL} -> {RPG_KL.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
     f"rpg.py:rpg_clip: {AWAY} -> {AWAY.replace('w_BT', 'w_BT.detach()')}": DETACHED,
+    "rpg.py:regularised_advantages: return advantages_BT - beta * (log_w_BT + 1) -> "
+    "return advantages_BT - beta * (log_w_BT.detach() + 1)": DETACHED,
+    f"rpg.py:regularised_advantages: {REGULARISED} -> {REGULARISED.replace('log_w_BT', 'log_w_BT.detach()')}": DETACHED,
+    "rpg.py:_component: 1 - w_BT -> 1 - w_BT.detach()": DETACHED,
+    "rpg.py:_component: -w_BT * (_log(w_BT) + 1) -> -w_BT.detach() * (_log(w_BT) + 1)": DETACHED,
+    "rpg.py:_component: -w_BT * (_log(w_BT) + 1) -> -w_BT * (_log(w_BT.detach()) + 1)": DETACHED,
+    "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT.detach() * _log(w_BT)": DETACHED,
+    "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT * _log(w_BT.detach())": DETACHED,
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
     "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,

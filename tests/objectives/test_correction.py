@@ -66,6 +66,19 @@ def test_metrics():
     assert correction_metrics(correction, ~on_BT & on_BT)["correction/ess"] == 1
 
 
+def test_share_of_small_weights():
+    """Weights 1/2 and 1/4: (3/4)^2 / (2 * 5/16) = 0.9."""
+    log_rho_BT = torch.tensor([[0.5, 0.25]]).log()
+    small = CORRECTIONS["truncate"](log_rho_BT, torch.ones(1, 2), level="token", high=2.0)
+    assert correction_metrics(small, torch.ones(1, 2, dtype=torch.bool))["correction/ess"].item() == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_a_row_without_tokens_has_weights_of_one(level):
+    zero_BT = torch.zeros(1, 3)
+    assert CORRECTIONS["truncate"](zero_BT, zero_BT, level=level, high=2.0).weights_BT.tolist() == [[1.0] * 3]
+
+
 def step(correction, kl_weight):
     ids_BT, one = torch.zeros(1, 2, dtype=torch.long), torch.tensor(1.0)
     new_BT = torch.tensor([[-1.0, -2.0]], requires_grad=True)
