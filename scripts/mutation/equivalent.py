@@ -33,6 +33,10 @@ AWAY = "torch.where(high_BT, 1 + high, torch.where(away_BT, dual, w_BT))"
 DETACHED = "it is detached already, or all that is made of it is"
 ANY_LOW = "a lower bound of 0 or of 1 passes the same check"
 REGULARISED = "advantages_BT - beta * log_w_BT if divergence == 'reverse_unnormalised' else advantages_BT"
+COUNTED = "zeros_P.index_add(0, index_B, values_B.masked_fill(~valid_B, 0)) / count_P"
+ZEROS = "zeros_P = values_B.new_zeros(int(index_B.max()) + 1 if len(index_B) else 0)"
+STD_P = "std_P = (square_P / (count_P - ddof).clamp(min=1)).sqrt()"
+VARIANCE = "variance = (count_BT * centred_BT.square()).sum() / (tokens - ddof).clamp(min=1)"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -62,6 +66,14 @@ EQUIVALENT: dict[str, str] = {
     "rpg.py:_component: -w_BT * (_log(w_BT) + 1) -> -w_BT * (_log(w_BT.detach()) + 1)": DETACHED,
     "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT.detach() * _log(w_BT)": DETACHED,
     "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT * _log(w_BT.detach())": DETACHED,
+    f"statistics.py:centre: {ZEROS} -> {ZEROS.replace('else 0', 'else 1')}": "without rows nothing is looked up",
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}": FLAT,
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}.clamp(min=0)": FLAT,
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}.clamp(min=2)": FLAT,
+    f"statistics.py:normalise: {STD_P} -> {STD_P.replace('.clamp(min=1)', '')}": FLAT,
+    f"statistics.py:normalise: {STD_P} -> {STD_P.replace('min=1', 'min=0')}": FLAT,
+    f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
+    f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
     "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
