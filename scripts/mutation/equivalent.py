@@ -72,6 +72,8 @@ EQUIVALENT: dict[str, str] = {
     f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}.clamp(min=2)": FLAT,
     f"statistics.py:normalise: {STD_P} -> {STD_P.replace('.clamp(min=1)', '')}": FLAT,
     f"statistics.py:normalise: {STD_P} -> {STD_P.replace('min=1', 'min=0')}": FLAT,
+    "statistics.py:normalise: return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 1) -> "
+    "return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 2)": "its numerator is 0",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
