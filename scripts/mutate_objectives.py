@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     if gone:
         print("mutation/equivalent.py names what no longer exists:", *gone, sep="\n  ")
     chosen = [m for m in every if (not args.only or m.path.name in args.only) and args.kind in (None, m.kind)]
+    if args.again:
+        chosen = _survived_before(chosen)
     if args.sample is not None:
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
     if args.show:
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         found = _try(here, tests, bare.durations, args)
         tried += found
         if args.sample is None:
-            _write(found, names)
+            _write(found, names, args.again)
     low = _report(tried)
     return int(args.check and (low or bool(gone)))
 
@@ -108,6 +110,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="N mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="seconds until a mutant counts as killed")
+    parser.add_argument("--again", action="store_true", help="only what survived when it was last written (tests grew)")
     parser.add_argument("--trust", action="store_true", help="take equivalent.py's word: do not run what it names")
     parser.add_argument("--show", action="store_true", help="list the mutants and stop")
     parser.add_argument("--check", action="store_true", help="exit 1 when less than 95%% are killed")
@@ -164,24 +167,41 @@ def _report(tried: list[Tried]) -> bool:
     return any(_share(verdicts) < LEAST for verdicts in counts["all"].values())
 
 
-def _write(tried: list[Tried], names: list[str]) -> None:
-    """Renews the entries of what was tried; forgets files that are gone."""
-    files = json.loads(OUT.read_text())["files"] if OUT.exists() else {}
-    files = {name: entry for name, entry in files.items() if name in names}
+def _written() -> dict[str, Any]:
+    return json.loads(OUT.read_text())["files"] if OUT.exists() else {}
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:16]
+
+
+def _survived_before(mutants: list[Mutant]) -> list[Mutant]:
+    """Those that `OUT` has as survivors of the very same source."""
+    entries = [entry for kinds in _written().values() for entry in kinds.values()]
+    known = {(entry["source"], s["where"], s["change"]) for entry in entries for s in entry["survivors"]}
+    return [m for m in mutants if (_digest(m.path.name), f"{m.path.name}:{m.line}", m.change) in known]
+
+
+def _write(tried: list[Tried], names: list[str], again: bool) -> None:
+    """Renews the entries of what was tried; forgets files that are gone. `again`: what was killed before stays so."""
+    files = {name: entry for name, entry in _written().items() if name in names}
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     for name, kinds in _counts(tried).items():
         for kind, verdicts in kinds.items() if name != "all" else ():
             here = [one for one in tried if (one.mutant.path.name, one.mutant.kind) == (name, kind)]
-            files.setdefault(name, {})[kind] = {
+            entry = files.setdefault(name, {})
+            before = entry.get(kind, {}).get("killed", 0) if again else 0
+            entry[kind] = {
                 "commit": git.stdout.strip(),
-                "source": hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:16],
+                "source": _digest(name),
                 "date": time.strftime("%Y-%m-%d %H:%M"),
                 "seconds": sum(one.outcome.seconds for one in here),
                 **{verdict: verdicts.get(verdict, 0) for verdict in VERDICTS},
+                "killed": before + verdicts.get("killed", 0),
                 "survivors": [_survivor(one) for one in here if one.outcome.killer is None],
             }
     totals = {
-        kind: {verdict: sum(entry[kind][verdict] for entry in files.values() if kind in entry) for verdict in VERDICTS}
+        kind: {verdict: sum(kinds[kind][verdict] for kinds in files.values() if kind in kinds) for verdict in VERDICTS}
         for kind in ("core", "other")
     }
     for verdicts in totals.values():

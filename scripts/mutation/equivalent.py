@@ -19,6 +19,24 @@ CHOOSE = "ratio_B = ratio_B * (a_B - j).clamp(min=0) / (b_B - j).clamp(min=1)"
 ENOUGH = "b >= k wherever the row counts; the others are overwritten"
 MEANS = "v.masked_fill(~on_BT, 0).sum() / max(tokens, 1)"
 SAME_SUM = "both branches compute the same sum; this one is quicker for 1"
+CERTAIN = "a token that became certain is infinitely far instead of very far: beyond any threshold either way"
+EPS = "new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps))"
+OLD = "old_BT = new_BT / ratio_BT.detach().clamp(min=torch.finfo(ratio_BT.dtype).tiny)"
+FELL, ROSE = "far_BT & (advantages_BT < 0) & (ratio_BT < 1)", "far_BT & (advantages_BT > 0) & (ratio_BT > 1)"
+UNMOVED = "at a ratio of 1 nothing has moved, so it is not far"
+NEVER = "low_BT = _never(ratio_BT)[0] if floor is None else ratio_BT < floor"
+TAU = "tau_BT = torch.where(advantages_BT > 0, tau_positive, tau_negative).to(ratio_BT.dtype)"
+KL = "return (p_TV * (log_p_TV - log_q_TV).masked_fill(p_TV == 0, 0)).sum(-1)"
+WEIGHT = "weight_BT = w_BT * advantages_BT + beta * _component(w_BT, divergence)"
+RPG_KL = "kl_BT = beta * _component(w_BT.clamp(1 - low, 1 + high), divergence)"
+AWAY = "torch.where(high_BT, 1 + high, torch.where(away_BT, dual, w_BT))"
+DETACHED = "it is detached already, or all that is made of it is"
+ANY_LOW = "a lower bound of 0 or of 1 passes the same check"
+REGULARISED = "advantages_BT - beta * log_w_BT if divergence == 'reverse_unnormalised' else advantages_BT"
+COUNTED = "zeros_P.index_add(0, index_B, values_B.masked_fill(~valid_B, 0)) / count_P"
+ZEROS = "zeros_P = values_B.new_zeros(int(index_B.max()) + 1 if len(index_B) else 0)"
+STD_P = "std_P = (square_P / (count_P - ddof).clamp(min=1)).sqrt()"
+VARIANCE = "variance = (count_BT * centred_BT.square()).sum() / (tokens - ddof).clamp(min=1)"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -36,6 +54,30 @@ EQUIVALENT: dict[str, str] = {
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('.masked_fill(silent_B, 1)', '')}": MASKED,
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 0')}": MASKED,
     f"advantage_binary.py:passk: {PASSK} -> {PASSK.replace('silent_B, 1', 'silent_B, 2')}": MASKED,
+    f"rpg.py:rpg: {WEIGHT} -> {WEIGHT.replace('w_BT *', 'w_BT.detach() *')}": DETACHED,
+    f"rpg.py:rpg: {WEIGHT} -> {WEIGHT.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
+    f"rpg.py:rpg_clip: {RPG_KL} -> {RPG_KL.replace('(w_BT', '(w_BT.detach()')}": DETACHED,
+    f"rpg.py:rpg_clip: {AWAY} -> {AWAY.replace('w_BT', 'w_BT.detach()')}": DETACHED,
+    "rpg.py:regularised_advantages: return advantages_BT - beta * (log_w_BT + 1) -> "
+    "return advantages_BT - beta * (log_w_BT.detach() + 1)": DETACHED,
+    f"rpg.py:regularised_advantages: {REGULARISED} -> {REGULARISED.replace('log_w_BT', 'log_w_BT.detach()')}": DETACHED,
+    "rpg.py:_component: 1 - w_BT -> 1 - w_BT.detach()": DETACHED,
+    "rpg.py:_component: -w_BT * (_log(w_BT) + 1) -> -w_BT.detach() * (_log(w_BT) + 1)": DETACHED,
+    "rpg.py:_component: -w_BT * (_log(w_BT) + 1) -> -w_BT * (_log(w_BT.detach()) + 1)": DETACHED,
+    "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT.detach() * _log(w_BT)": DETACHED,
+    "rpg.py:_component: -w_BT * _log(w_BT) -> -w_BT * _log(w_BT.detach())": DETACHED,
+    f"statistics.py:centre: {ZEROS} -> {ZEROS.replace('else 0', 'else 1')}": "without rows nothing is looked up",
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}": FLAT,
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}.clamp(min=0)": FLAT,
+    f"statistics.py:centre: {COUNTED}.clamp(min=1) -> {COUNTED}.clamp(min=2)": FLAT,
+    f"statistics.py:normalise: {STD_P} -> {STD_P.replace('.clamp(min=1)', '')}": FLAT,
+    f"statistics.py:normalise: {STD_P} -> {STD_P.replace('min=1', 'min=0')}": FLAT,
+    "statistics.py:normalise: return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 1) -> "
+    "return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 2)": "its numerator is 0",
+    f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
+    f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
+    "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
+    "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}.clamp(min=0)": NO_ROW,
     f"advantage_binary.py:maxrl: {MAXRL} -> {MAXRL.replace('mean_B > 0', 'mean_B >= 0')}": MASKED,
@@ -55,9 +97,17 @@ EQUIVALENT: dict[str, str] = {
     "old_BT * (old_BT / new_BT.detach()).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log()": BOOLEAN,
     "clip.py:dppo: old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT)).log() -> "
     "old_BT * (old_BT / new_BT).log() + (1 - old_BT) * ((1 - old_BT) / (1 - new_BT.detach())).log()": BOOLEAN,
-    "clip.py:dppo: new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps)) -> "
-    "new_BT, old_BT = (new_BT.clamp(eps, 1 + eps), old_BT.clamp(eps, 1 - eps))": "a token that became certain is "
-    "infinitely far instead of very far: beyond any threshold either way",
+    f"clip.py:dppo: {EPS} -> {EPS.replace('1 - eps', '1 + eps', 1)}": CERTAIN,
+    f"clip.py:dppo: {EPS} -> {EPS.replace('1 - eps', '2 - eps', 1)}": CERTAIN,
+    f"clip.py:dppo: {OLD} -> old_BT = new_BT / ratio_BT.detach()": "infinity is as far as its bound, and NaN compares "
+    "false, as 0 does",
+    f"clip.py:dppo: {FELL} -> {FELL.replace('ratio_BT <', 'ratio_BT <=')}": UNMOVED,
+    f"clip.py:dppo: {ROSE} -> {ROSE.replace('ratio_BT >', 'ratio_BT >=')}": UNMOVED,
+    f"clip.py:cispo: {NEVER} -> {NEVER.replace('[0]', '[1]')}": "both are the same",
+    f"clip.py:sapo: {TAU} -> {TAU.replace('> 0', '>= 0')}": "times an advantage of 0",
+    f"distillation.py:_kl: {KL} -> {KL.replace(', 0)', ', 1)')}": "times a probability of 0",
+    "distillation.py:generalised_jsd: x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 4) -> "
+    "x.masked_fill(neither_TV, torch.finfo(x.dtype).min / 5)": "any number whose exponential is 0 does",
     "clip.py:rpg_dual_clip: regularised_BT = regularised_advantages(ratio_BT, advantages_BT, divergence, beta) -> "
     "regularised_BT = regularised_advantages(ratio_BT.detach(), advantages_BT, divergence, beta)": "the function "
     "detaches what it returns",

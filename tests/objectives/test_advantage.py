@@ -75,6 +75,13 @@ def test_equal_rewards_are_exactly_zero_even_without_eps(name, size, dtype):
         assert (got[size:] != 0).all()
 
 
+@pytest.mark.parametrize("reward", [0.1, -0.1])
+def test_equal_rewards_of_either_sign_are_flat(reward):
+    assert (
+        call("group_norm", [reward] * 7 + [0.0, 1.0], [5] * 7 + [2, 2], dtype=torch.float32, eps=1e-9)[:7] == 0
+    ).all()
+
+
 def test_equal_rewards_of_a_whole_batch_are_zero_even_without_eps():
     for name in ("group_mean_batch_std", "group_norm"):
         assert (call(name, [0.1] * 6, [0, 0, 0, 1, 1, 1], eps=0.0) == 0).all()

@@ -130,6 +130,12 @@ def test_dppo_kl_of_a_token_that_was_or_became_certain(ratio, new):
         assert loss == pytest.approx([0.0 if cut else -ratio * sign])
 
 
+def test_dppo_kl_of_a_token_that_stays_impossible():
+    """Both probabilities underflow: nothing has moved, although one logarithm would be infinite."""
+    *_, low, high = surrogate("dppo", [0.5], [-1.0], [-800.0], divergence="kl", threshold=0.05)
+    assert low + high == [False, False]
+
+
 def test_gmpo_bounds_are_exceeded_not_reached():
     """At r = 1 with bounds of 0 nothing is cut: the gradient is -A / L; without an advantage nothing is marked."""
     for advantage in (1.0, -1.0):
@@ -220,6 +226,7 @@ def test_rpg_clip_cuts_what_reaches_a_bound():
         (4.0, -1.0, 0.0, False, False, 0.0),
         (1.5, 1.0, 0.0, False, True, 0.0),
         (1.375, 0.5, 0.0, False, False, 0.6875),
+        (0.0, 1.0, 0.0, False, False, 0.0),  # underflowed, without a KL: still the sign of A
         (0.5, -1.0, 0.5, False, False, 0.0),  # A + C / w = 0: the lower bound is not that of this sign
     ):
         new_BT = (-2 * one_BT).requires_grad_()

@@ -44,6 +44,7 @@ def test_truncated_and_masked():
     assert correct("mask", level="token", low=None, high=2.0).cut_BT[0].tolist() == [True, False, False]
     edge = math.exp(0.6) - 1e-6  # the bounds themselves are kept
     assert not CORRECTIONS["mask"](torch.zeros(1, 1), torch.ones(1, 1), level="token", low=1.0, high=1.0).cut_BT.any()
+    assert not CORRECTIONS["truncate"](torch.zeros(1, 1), torch.ones(1, 1), level="token", high=1.0).cut_BT.any()
     assert correct("mask", level="token", low=None, high=edge).cut_BT[0].tolist() == [True, False, True]
     for low, high in ((0.0, 0.0), (1.5, 2.0), (0.1, 0.5)):
         with pytest.raises(ConfigError, match="valid: low <= 1 <= high"):
@@ -63,6 +64,19 @@ def test_metrics():
     assert got["correction/ess"].tolist() == pytest.approx([1.5, 2.5])
     assert got["correction/cut"].item() == pytest.approx(0.5)
     assert correction_metrics(correction, ~on_BT & on_BT)["correction/ess"].tolist() == [0, 0]
+
+
+def test_share_of_small_weights():
+    """Weights 1/2 and 1/4: (3/4)^2 / (2 * 5/16) = 0.9."""
+    log_rho_BT = torch.tensor([[0.5, 0.25]]).log()
+    small = CORRECTIONS["truncate"](log_rho_BT, torch.ones(1, 2), level="token", high=2.0)
+    assert correction_metrics(small, torch.ones(1, 2, dtype=torch.bool))["correction/ess"].item() == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_a_row_without_tokens_has_weights_of_one(level):
+    zero_BT = torch.zeros(1, 3)
+    assert CORRECTIONS["truncate"](zero_BT, zero_BT, level=level, high=2.0).weights_BT.tolist() == [[1.0] * 3]
 
 
 def step(correction, kl_weight):
