@@ -77,7 +77,7 @@ EQUIVALENT: dict[str, str] = {
     "return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 2)": "its numerator is 0",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
-    f"objective.py:_probe_advantage: {PROBE} -> {PROBE.replace('-one', 'one')}": "a probe: its values are not looked at",
+    f"objective.py:_probe_advantage: {PROBE} -> {PROBE.replace('-one', 'one')}": "the values of a probe do not matter",
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
     "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,
