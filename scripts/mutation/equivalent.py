@@ -37,6 +37,7 @@ COUNTED = "zeros_P.index_add(0, index_B, values_B.masked_fill(~valid_B, 0)) / co
 ZEROS = "zeros_P = values_B.new_zeros(int(index_B.max()) + 1 if len(index_B) else 0)"
 STD_P = "std_P = (square_P / (count_P - ddof).clamp(min=1)).sqrt()"
 VARIANCE = "variance = (count_BT * centred_BT.square()).sum() / (tokens - ddof).clamp(min=1)"
+PROBE = "{'old_logprobs_BT': -one_BT} if _takes(self._advantage, 'old_logprobs_BT') else {}"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
 EQUIVALENT: dict[str, str] = {
@@ -76,6 +77,7 @@ EQUIVALENT: dict[str, str] = {
     "return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 2)": "its numerator is 0",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
+    f"objective.py:_probe_advantage: {PROBE} -> {PROBE.replace('-one', 'one')}": "the values of a probe do not matter",
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
     "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,

@@ -163,6 +163,14 @@ def test_kl_in_reward_is_taken_off_before_the_group_mean():
     assert built.loss(old_BT, make_batch(mask_BT, got_BT)).loss.isfinite()  # no reference needed here
 
 
+def test_kl_in_reward_is_a_constant_of_the_update():
+    old_BT, ref_BT = torch.full((2, 2), -1.0).requires_grad_(), torch.full((2, 2), -2.0)
+    got_BT = objective(advantage="group_mean", kl=K1_REWARD).advantages(
+        torch.tensor([[1.0], [0.0]]), torch.ones(1), torch.tensor([0, 0]), torch.ones(2, 2), None, old_BT, ref_BT
+    )
+    assert not got_BT.requires_grad
+
+
 def test_entropy_bonus_is_a_mean_over_the_step():
     """Two of three tokens count, three in the step: loss falls by coef * (2 + 4) / 3."""
     mask_BT = torch.tensor([[1.0, 1.0, 0.0]])
