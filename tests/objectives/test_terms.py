@@ -93,7 +93,7 @@ def test_gae_with_a_kl_per_token_a_failed_row_and_whitening():
 
 
 def test_kl_cov_marks_the_tokens_of_highest_covariance():
-    """A = (1, -1); log p = -1, -3 | -2, -4.5, mean -2.625: cov 1.625, -0.375 | -0.625, 1.875. 0.3 of 4 tokens is one."""
+    """A = (1, -1); log p = -1, -3 | -2, -4.5, mean -2.625: cov 1.625, -0.375 | -0.625, 1.875; 0.3 of 4 is one."""
     old_BT, mask_BT = torch.tensor([[-1.0, -3.0, math.nan], [-2.0, -4.5, -9.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 0]])
 
     def marked(fraction):
