@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -73,9 +74,12 @@ def measure(study: Study, arm: str, seed: int, run_dir: Path) -> dict[str, Any]:
     """What is kept of one run: a number per round of each curve, and figures of its end."""
     summary = read_json(run_dir / "summary.json")
     names = {"answer": "reward/answer/mean", "length": "completion/length", "ratio_q99": "ratio/q99"}
-    names |= {"kl": "kl/k3"} if study.kl else {}
     last = slice(study.updates - 1, None, study.updates)  # of each round
     curves = {name: curve(run_dir, metric)[last] for name, metric in names.items()}
+    if study.kl:
+        # The first update of a round: its policy sampled these tokens itself. Later ones estimate it from another's.
+        steps = curve(run_dir, "kl/k3")
+        curves |= {"kl": steps[:: study.updates], "kl_largest": [max(steps)]}
     completions = len(read_completions(run_dir))
     curves["tokens"] = list(itertools.accumulate(length * completions for length in curves.pop("length")))
     return {
@@ -118,8 +122,8 @@ def measures(study: Study) -> dict[str, tuple[Measure, str]]:
             lambda run: statistics.fmean(run["curves"]["kl"][-TAIL:]),
             ".3f",
         )
-        found["KL to the start, largest"] = (lambda run: max(run["curves"]["kl"]), ".3f")
     if study.updates > 1:
+        found["log10 of the largest k3 of any update"] = (lambda run: math.log10(run["curves"]["kl_largest"][0]), ".1f")
         found["99% quantile of the ratio"] = (lambda run: statistics.fmean(run["curves"]["ratio_q99"][-TAIL:]), ".2f")
     return found
 
