@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
+from lit_reason.models.adapters import adapters
 from lit_reason.models.protocol import CausalLM
 
 
@@ -27,10 +28,10 @@ class Critic(nn.Module):
 
     def __init__(self, policy: nn.Module, shared: bool, lr_factor: float) -> None:
         super().__init__()
-        if any(not parameter.requires_grad for parameter in policy.parameters()) and not shared:
+        if adapters(policy) and not shared:
             raise ConfigError(
-                "critic.trunk=separate: the policy has frozen parameters (adapters?), of which a second copy would be "
-                "frozen too. Type algorithm.critic.trunk=shared"
+                "critic.trunk=separate: the policy is frozen but for its adapters, and a second copy would be too. "
+                "Type algorithm.critic.trunk=shared"
             )
         self.trunk = None if shared else copy.deepcopy(policy)
         self.head = nn.Linear(cast(nn.Linear, cast(CausalLM, policy).head).in_features, 1, bias=False)

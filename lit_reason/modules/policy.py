@@ -72,6 +72,8 @@ class PolicyModule(LanguageModule):
                 f"rollout.sampling.temperature={temperature}: RL needs samples that differ; type 1.0 (0 is greedy)"
             )
         self.objective, self.temperature = objective, temperature
+        for further in getattr(model, "mtp", ()):  # no part of the policy's loss: DDP would wait for its gradient
+            further.requires_grad_(False)
         self.reference = Frozen() if reference is None else reference
         check_teacher(objective, self.reference)
         self.reference.bind(model)

@@ -10,8 +10,10 @@ from lit_reason.data import ByteTokenizer, PromptCursor
 from lit_reason.errors import CheckpointError, ConfigError, NonFiniteError
 from lit_reason.loop import RolloutLoop, RoundShape, Stages
 from lit_reason.models.checksum import checksum
-from lit_reason.modules import token_logprobs
+from lit_reason.modules import PolicyModule, token_logprobs
 from lit_reason.modules.policy import REFERENCE_KEY
+from lit_reason.objectives import Objective
+from lit_reason.optim import AdamW
 from lit_reason.rollout import BuiltinEngine, Sampling
 from lit_reason.types import Prompt
 
@@ -36,6 +38,16 @@ def test_a_step_has_the_same_gradient_in_any_number_of_micro_batches(algorithm, 
             if not name.startswith("ratio/q"):  # quantiles do not average
                 assert logged[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert len(steps[0]) == sum(p.requires_grad for p in make_policy(algorithm).parameters())
+
+
+def test_multi_token_prediction_is_frozen(make_model, micro_batches, fit):
+    model = make_model(mtp_depth=1)
+    objective = Objective("group_mean", "token", "none", "token_mean")
+    policy = PolicyModule(model, AdamW(lr=0.01), objective)
+    before = [p.clone() for p in model.mtp.parameters()]
+    record = fit(policy, micro_batches(policy, 1))
+    assert record.steps[0] and not any("mtp" in name for name in record.steps[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.mtp.parameters(), strict=True))
 
 
 def test_the_columns_of_a_step(make_policy, micro_batches, fit):
