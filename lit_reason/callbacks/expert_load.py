@@ -18,7 +18,8 @@ def max_violation(load_E: Tensor) -> float:
 def load_counters(module: nn.Module) -> dict[str, Tensor]:
     """`{layer name: load_E}` of every submodule with a buffer of that name."""
     found = ((name.rpartition("."), buffer) for name, buffer in module.named_buffers())
-    return {layer: buffer for (layer, _, leaf), buffer in found if leaf == "load_E"}
+    # A critic's experts are its own affair.
+    return {layer: buffer for (layer, _, leaf), buffer in found if leaf == "load_E" and not layer.startswith("critic.")}
 
 
 class ExpertLoad(Callback):

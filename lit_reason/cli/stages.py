@@ -100,11 +100,21 @@ def load_checkpoint(name: str | Path) -> tuple[Transformer | HFModel, Tokenizer]
     return found.model, found.tokenizer
 
 
-def save_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData) -> Path:
+def finish(
+    cfg: DictConfig, trainer: Trainer, model: Transformer | HFModel, data: PromptData, weights: Path | None
+) -> Path:
+    """Saves the stage's model on one process; the others wait until it is there."""
+    if trainer.is_global_zero:
+        save_model(cfg, model, data, base=weights or cfg.init or cfg.model.get("name") or "")
+    trainer.strategy.barrier("saved")
+    return Path(cfg.run_dir) / "model"
+
+
+def save_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, base: str | Path = "") -> Path:
     """The finished stage in `<run_dir>/model`: a zoo folder (weights, card, golden log-probs), or transformers' own."""
     path, summary = Path(cfg.run_dir) / "model", Path(cfg.run_dir) / "summary.json"
     if adapters(model):  # folded in below
-        save_adapters(model, Path(cfg.run_dir) / "adapter", base=str(cfg.init or cfg.model.get("name") or ""))
+        save_adapters(model, Path(cfg.run_dir) / "adapter", base=str(base))
         model = merged_copy(model)
     metrics = card_metrics(json.loads(summary.read_text())) if summary.exists() else {}
     plain = with_defaults(to_plain(cfg), cfg.allow_targets, HANDED_IN)
@@ -191,8 +201,9 @@ def run_pretrain(cfg: DictConfig, weights: Path | None) -> Path:
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     text = build(cfg, "text")(data=data, seed=cfg.seed)
-    _fit(cfg, make_trainer(cfg), PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text, checkpoint)
-    return save_model(cfg, model, data)
+    trainer = make_trainer(cfg)
+    _fit(cfg, trainer, PretrainModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), text, checkpoint)
+    return finish(cfg, trainer, model, data, weights)
 
 
 def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
@@ -203,12 +214,12 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     solutions = build(cfg, "priming")(data=data, seed=cfg.seed)
     trainer = make_trainer(cfg)
     _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions, checkpoint)
-    if cfg.evaluation.n:
+    if cfg.evaluation.n and trainer.is_global_zero:
         report = evaluate_model(cfg, model, data, trainer.strategy.root_device)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
         print(f"held-out problems: pass@1 {estimate}" + (f", format-blind {blind}" if blind else ""))
         write_summary(Path(cfg.run_dir), report.summary())
-    return save_model(cfg, model, data)
+    return finish(cfg, trainer, model, data, weights)
 
 
 def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
@@ -233,7 +244,13 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
                 callback.on_generation_progress(trainer, policy, progress)
 
     stages = policy.stages(
-        engine, sampling, rubric.score, updates=shape.updates, log_kl=cfg.rollout.log_kl, progress=on_progress
+        engine,
+        sampling,
+        rubric.judge,
+        updates=shape.updates,
+        log_kl=cfg.rollout.log_kl,
+        progress=on_progress,
+        check=rubric.check,
     )
     loop = RolloutLoop(
         PromptCursor(
@@ -261,7 +278,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
         write_summary(Path(cfg.run_dir), summary)
         if (Path(cfg.run_dir) / STEPS).exists():
             write_report(cfg.run_dir)  # once more, now with the comparison
-    return save_model(cfg, model, data)
+    return finish(cfg, trainer, model, data, weights)
 
 
 def check_context(data: PromptData, model: Transformer | HFModel) -> None:

@@ -46,6 +46,7 @@ LOCKED = (
     *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
+    *("rollout.shape.refills", "rollout.shape.mask_truncated"),
 )
 # Nodes that are younger than some runs, as those runs used them.
 BEFORE = {"rubric": {"_target_": "lit_reason.rewards.Rubric", "_partial_": True}}
@@ -119,6 +120,7 @@ def run_stage(cfg: DictConfig, stage: str, resume: str, weights: Path | None) ->
         weights: what the stage before it left; None for the first stage, which begins with `cfg.init`.
     """
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
 
     from lit_reason.checkpoint import RunDir
 
@@ -133,7 +135,7 @@ def run_stage(cfg: DictConfig, stage: str, resume: str, weights: Path | None) ->
         seed_everything(cfg.seed, workers=True, verbose=False)
         log.info("stage %s: %s", stage, directory.path)
         result = stage_functions()[stage](cfg, weights)
-        if not cfg.trainer.get("fast_dev_run"):
+        if not cfg.trainer.get("fast_dev_run") and rank_zero_only.rank == 0:
             done.write(result, settings)
     return result
 

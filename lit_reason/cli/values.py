@@ -7,6 +7,7 @@ or start something is not: data, engines, loggers, callbacks, a user's own rewar
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -142,6 +143,12 @@ def _check_rl(cfg: DictConfig) -> int:
             f"algorithm.clip=reinforce has no ratio, so a round allows one update, and rollout.shape makes "
             f"{shape.updates} of it. Type rollout.shape.epochs=1 rollout.shape.minibatches=1, or algorithm.clip=none"
         )
+    if shape.refills and not objective.compares:
+        raise ConfigError(
+            f"rollout.shape.refills={shape.refills}: the advantage {objective.advantage_name!r} does not compare the "
+            "completions of a prompt, so none of its groups is without a signal. Type rollout.shape.refills=0"
+        )
+    _check_adapter(cfg, objective)
     steps, most = shape.rounds * shape.updates, cfg.trainer.get("max_steps")
     return min(steps, most) if isinstance(most, int) and most > 0 else steps
 
@@ -154,11 +161,43 @@ def _check_processes(trainer: Any, shape: Any) -> None:
         shape.check_ranks(count * nodes)
 
 
+def _check_adapter(cfg: DictConfig, objective: Any) -> None:
+    """What adapters do not go with in RL; the objects say so too, but they take a model."""
+    if not cfg.adapter:
+        return
+    if checked_build(cfg, "adapter").dropout:
+        raise ConfigError(
+            "adapter.dropout: RL compares the policy with itself, and with dropout old, new and engine are three "
+            "networks. Type adapter.dropout=0"
+        )
+    if objective.critic is not None and objective.critic.trunk == "separate":
+        raise ConfigError(
+            "algorithm.critic.trunk=separate with an adapter: a copy of a frozen policy could not learn. "
+            "Type algorithm.critic.trunk=shared"
+        )
+    if str(cfg.reference.get("_target_")) in ("lit_reason.modules.EMA", "lit_reason.modules.Refreshed"):
+        raise ConfigError(
+            f"reference={cfg.reference._target_.split('.')[-1].lower()} with an adapter: the policy is its own frozen "
+            "reference, with the adapters off. Type reference=frozen, or adapter=none"
+        )
+    if cfg.router_bias_rate:
+        raise ConfigError("rl.router_bias_rate with an adapter would move its reference. Type rl.router_bias_rate=0")
+
+
 def _check_reference(cfg: DictConfig) -> None:
     """Last, because it imports Lightning."""
+    from lit_reason import zoo
+    from lit_reason.cli.hf import hf_folder
+    from lit_reason.modules import Teacher
     from lit_reason.modules.policy import check_teacher
 
-    check_teacher(checked_build(cfg, "algorithm"), checked_build(cfg, "reference"))
+    reference = checked_build(cfg, "reference")
+    check_teacher(checked_build(cfg, "algorithm"), reference)
+    if isinstance(reference, Teacher) and hf_folder(reference.name) is None:
+        folder = Path(reference.name.removeprefix("dir:"))
+        if reference.name.startswith("dir:") and not folder.is_dir():
+            raise ConfigError(f"reference.name={reference.name}: there is no folder {folder}")
+        zoo.info(reference.name)
 
 
 def _check_schedule(optimizer: Any, steps: int) -> None:

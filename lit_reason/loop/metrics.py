@@ -8,26 +8,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_reason.types import Completion, Scores
+from lit_reason.loop.groups import join
+from lit_reason.types import RolloutGroup
 
 
-def round_metrics(completions: Sequence[Completion], scores: Scores, advantages_B: Tensor, G: int) -> dict[str, float]:
-    """Rewards per column, groups without a signal, lengths; over the rows that every verifier could judge."""
-    valid = scores.valid_B
-    values_BR = scores.values_BR[valid]
+def round_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Rewards per column and faults, over the rows that every verifier could judge; lengths."""
+    scores, completions = join(groups), [completion for group in groups for completion in group.completions]
+    valid_B = scores.valid_B
     metrics: dict[str, float] = {}
     for r, name in enumerate(scores.names):
-        column = values_BR[:, r]
+        column = scores.values_BR[valid_B, r]
         metrics[f"reward/{name}/mean"] = column.mean().item()
         metrics[f"reward/{name}/std"] = column.std(correction=0).item()
-    silent_P = (advantages_B.unflatten(0, (-1, G)).abs() < 1e-6).all(1)  # batch norms leave rounding
-    metrics["reward/zero_std_fraction"] = silent_P.float().mean().item()
-    metrics["reward/faults"] = float((~valid).sum())
-    metrics["advantage/std"] = advantages_B[valid].std(correction=0).item()
+    metrics["reward/faults"] = float((~valid_B).sum())
     lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float32)
     metrics["completion/length"] = lengths.mean().item()
     metrics["completion/truncated"] = sum(c.finish_reason == "length" for c in completions) / len(completions)
     return metrics
+
+
+def advantage_metrics(advantages_B: Tensor, valid_B: Tensor, G: int) -> dict[str, float]:
+    """Groups without a signal, and the spread of the advantages."""
+    silent_P = (advantages_B.unflatten(0, (-1, G)).abs() < 1e-6).all(1)  # batch norms leave rounding
+    return {
+        "reward/zero_std_fraction": silent_P.float().mean().item(),
+        "advantage/std": advantages_B[valid_B].std(correction=0).item(),
+    }
 
 
 class Clock:
@@ -49,7 +56,9 @@ class Clock:
         self.laps[name] += now - self.last
         self.last = now
 
-    def rates(self, completions: Sequence[Completion]) -> dict[str, float]:
+    def rates(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Of this process; with several, all their tokens over its own time."""
+        completions = [completion for group in groups for completion in group.completions]
         tokens = sum(len(c.token_ids) for c in completions)
         rates = {
             "speed/generate_tokens_per_s": tokens / max(self.laps["generate"], 1e-9),

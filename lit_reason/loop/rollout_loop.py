@@ -26,8 +26,8 @@ from torch import Tensor
 from lit_reason.errors import CheckpointError, ConfigError, RolloutError
 from lit_reason.loop.batching import collate, minibatches, split, take
 from lit_reason.loop.groups import cut, greedy_rewards, join
-from lit_reason.loop.metrics import Clock, round_metrics
-from lit_reason.loop.ranks import gather, rank_and_size, share
+from lit_reason.loop.metrics import Clock, advantage_metrics, round_metrics
+from lit_reason.loop.ranks import all_or_none, gather, rank_and_size, share
 from lit_reason.loop.shape import Round, RoundShape, Stages
 from lit_reason.types import PolicyBatch, Prompt, RolloutGroup
 
@@ -66,7 +66,10 @@ class RolloutLoop:
                 "type policy.stages(..., updates=shape.updates)"
             )
         if stages.informative is None and shape.refills:
-            raise ConfigError("rollout.shape.refills needs Stages.informative, got None: take policy.stages(...)")
+            raise ConfigError(
+                f"rollout.shape.refills={shape.refills}: the objective does not compare the completions of a prompt, "
+                "so none of its groups is without a signal. Type rollout.shape.refills=0"
+            )
         self._round = 0
         self._buffer: list[list[PolicyBatch]] = []  # for every micro-batch to come, that of each process
         self._training_since: float | None = None
@@ -91,44 +94,56 @@ class RolloutLoop:
         clock = Clock(self._training_since, self._training_tokens)
         self.stages.push(self._round)
         clock.lap("sync")
-        groups, silent, refills = self._collect(clock)
+        groups, silent, generated = self._collect(clock)
+        if self.stages.check is not None:
+            self.stages.check(join(generated))
         batch = self._prepare(groups, silent)
         clock.lap("prepare")
-        self._announce(groups, batch, {"rollout/refills": refills} if self.shape.refills else {}, clock)
+        self._announce(groups, generated, batch, clock)
         self._training_since = time.perf_counter() - clock.laps["prepare"]  # its forwards are for training
         self._training_tokens = self.shape.epochs * sum(len(c.token_ids) for g in groups for c in g.completions)
         return self._deal(batch)
 
-    def _collect(self, clock: Clock) -> tuple[list[RolloutGroup], int, int]:
-        """P groups, how many at their end carry no signal (known with `refills` alone), and the generations added."""
+    def _collect(self, clock: Clock) -> tuple[list[RolloutGroup], int, list[RolloutGroup]]:
+        """P groups, how many at their end carry no signal (known with `refills` alone), and all that were generated."""
         P, kept, silent, dealt = self.shape.prompts_per_round, [], [], Counter[str]()
+        generated: list[RolloutGroup] = []
         for refill in range(1 + self.shape.refills):
             groups = self._rollout(self.prompts.next(P - len(kept)), dealt, clock)
+            generated += groups
             if not self.shape.refills:
-                return groups, 0, 0
+                return groups, 0, groups
             speaks = self._speaks(groups)
             kept += [group for group, signal in zip(groups, speaks, strict=True) if signal]
             silent += [group for group, signal in zip(groups, speaks, strict=True) if not signal]
             if len(kept) == P or refill == self.shape.refills:
                 missing = P - len(kept)
-                return kept + silent[:missing], missing, refill
+                return kept + silent[:missing], missing, generated
         raise AssertionError("the last refill returns")
 
     def _rollout(self, prompts: Sequence[Prompt], dealt: Counter[str], clock: Clock) -> list[RolloutGroup]:
         """One scored group per prompt. Every process makes its share of them and gets all."""
-        G, groups = self.shape.group_size, []
         seeds = self._seeds(prompts, dealt)
-        if mine := share(list(range(len(prompts)))):
-            own = [prompts[i] for i in mine]
-            repeated = [prompt for prompt in own for _ in range(G)]
-            completions = self.stages.generate(repeated, [s for i in mine for s in seeds[i]], list(range(G)) * len(own))
-            greedy = self.stages.greedy(own) if self.stages.greedy is not None else None
-            clock.lap("generate")
-            groups = cut(own, completions, self.stages.score(repeated, completions))
-            if greedy is not None:
-                rewards_PR = self.stages.score(own, greedy).values_BR
-                groups = [replace(group, greedy_R=row) for group, row in zip(groups, rewards_PR, strict=True)]
-        groups = gather(groups)
+        with all_or_none():
+            groups = self._own_rollout(share(prompts), share(seeds), clock)
+        return gather(groups)
+
+    def _own_rollout(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], clock: Clock
+    ) -> list[RolloutGroup]:
+        """This process's share."""
+        if not prompts:
+            return []
+        G = self.shape.group_size
+        repeated = [prompt for prompt in prompts for _ in range(G)]
+        flat_seeds = [seed for group in seeds for seed in group]
+        completions = self.stages.generate(repeated, flat_seeds, list(range(G)) * len(prompts))
+        greedy = self.stages.greedy(prompts) if self.stages.greedy is not None else None
+        clock.lap("generate")
+        groups = cut(prompts, completions, self.stages.score(repeated, completions))
+        if greedy is not None:
+            rewards_PR = self.stages.score(prompts, greedy).values_BR
+            groups = [replace(group, greedy_R=row) for group, row in zip(groups, rewards_PR, strict=True)]
         clock.lap("score")
         return groups
 
@@ -159,8 +174,8 @@ class RolloutLoop:
         if not torch.isfinite(batch.rollout_logprobs_BT).all():
             raise RolloutError(f"round {self._round}: the engine returned non-finite log-probs; the policy is damaged")
         valid_B = scores.valid_B if greedy_BR is None else scores.valid_B & greedy_BR.isfinite().all(1)
+        valid_B[len(valid_B) - silent * self.shape.group_size :] = False  # out of the batch's statistics too
         counts_B = valid_B.clone()
-        counts_B[len(counts_B) - silent * self.shape.group_size :] = False
         if self.shape.mask_truncated:
             counts_B &= torch.tensor([completion.finish_reason != "length" for completion in completions])
         batch.mask_BT = batch.mask_BT * counts_B[:, None]
@@ -203,14 +218,17 @@ class RolloutLoop:
         return dealt
 
     def _announce(
-        self, groups: Sequence[RolloutGroup], batch: PolicyBatch, more: dict[str, float], clock: Clock
+        self, groups: Sequence[RolloutGroup], generated: Sequence[RolloutGroup], batch: PolicyBatch, clock: Clock
     ) -> None:
+        """Rewards, lengths and rates are of all that was generated, groups and advantages of what is learnt from."""
         if self.on_round is None:
             return
-        completions = [completion for group in groups for completion in group.completions]
         advantages_B = (batch.advantages_BT * batch.mask_BT).sum(1) / batch.mask_BT.sum(1).clamp_min(1)
-        metrics = round_metrics(completions, join(groups), advantages_B, self.shape.group_size)
-        self.on_round(Round(self._round, groups, advantages_B, metrics | more | clock.rates(completions)))
+        metrics = advantage_metrics(advantages_B, join(groups).valid_B, self.shape.group_size)
+        metrics |= round_metrics(generated) | clock.rates(generated)
+        if self.shape.refills:
+            metrics["rollout/refilled"] = float(len(generated) - len(groups))
+        self.on_round(Round(self._round, groups, advantages_B, metrics))
 
     def state_dict(self) -> dict[str, Any]:
         """Integers, the cursor's integers, and the tensors of the micro-batches not yet consumed, of all processes."""

@@ -76,7 +76,7 @@ class Stages:
     Args:
         push: the policy's weights, as version r, to the engine.
         generate: (prompts, seeds, sample numbers) -> completions.
-        score: (prompts, completions) -> Scores.
+        score: (prompts, completions) -> Scores; of several processes each calls it for its share.
         assess: `Objective.assess`.
         old_logprobs: may be None when a round has a single update: the new log-probs, detached, are the old ones.
         ref_logprobs: of the reference or teacher.
@@ -84,6 +84,7 @@ class Stages:
         greedy: prompts -> their greedy completions, for an objective that compares with them.
         informative: (values_BR, weights_R, group_B, valid_B) -> bool (B,), rows of groups with a signal (`refills`).
         mismatch: batch -> KL(engine || trainer), 0-d; asked where `old_logprobs` are.
+        check: raises when too many of a round's verifiers failed; given the scores of all that it generated.
     """
 
     push: Callable[[int], None]
@@ -96,6 +97,7 @@ class Stages:
     greedy: Callable[[Sequence[Prompt]], list[Completion]] | None = None
     informative: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     mismatch: Callable[[PolicyBatch], Tensor] | None = None
+    check: Callable[[Scores], None] | None = None
 
 
 @dataclass(frozen=True)

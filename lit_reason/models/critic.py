@@ -34,13 +34,16 @@ class Critic(nn.Module):
                 "Type algorithm.critic.trunk=shared"
             )
         self.trunk = None if shared else copy.deepcopy(policy)
-        self.head = nn.Linear(cast(nn.Linear, cast(CausalLM, policy).head).in_features, 1, bias=False)
+        output = next(cast(CausalLM, policy).head.parameters())  # (V, D)
+        self.head = nn.Linear(output.shape[-1], 1, bias=False)
         nn.init.zeros_(self.head.weight)
         self.lr_factor = lr_factor
         shape = cast(CausalLM, policy).config
         self.width_ratio = shape.width / shape.base.width if hasattr(shape, "base") else 1.0  # muP's m
         if self.trunk is not None:
-            cast(CausalLM, self.trunk).head.requires_grad_(False)  # says tokens, not values
+            tied = {id(module.weight) for module in self.trunk.modules() if isinstance(module, nn.Embedding)}
+            for parameter in cast(CausalLM, self.trunk).head.parameters():
+                parameter.requires_grad_(id(parameter) in tied)  # alone it says tokens, not values
 
     def forward(self, input_ids_BT: Tensor, counts_BT: Tensor, policy_states_MD: Tensor | None) -> Tensor:
         """values_M, float32: of the states before each target that counts, in row-major order."""

@@ -95,7 +95,7 @@ def _same_head(model: HFModel, lm: PreTrainedModel, ids_T: Tensor) -> bool:
 
     The embeddings' output is replaced by -40 .. 40, for the logits of small weights would not show a soft cap.
     """
-    seen, head = [], model.head
+    seen, head = [], model.full_head()
     ramp = torch.linspace(-40, 40, ids_T.numel() * model.config.vocab_size, device=model.device)
 
     def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -165,8 +165,13 @@ class HFModel(nn.Module):
         return self.head(self.hidden(input_ids_BT).states_BTD)
 
     @property
-    def head(self) -> Head:
+    def head(self) -> nn.Module:
         """Made when asked: the output embeddings may be replaced, and a second name for them would be saved twice."""
+        head = self.full_head()
+        return head.output if head.scale == 1 and head.cap is None else head  # a plain linear map goes by tiles
+
+    def full_head(self) -> Head:
+        """The output embeddings, with what follows them even if it does nothing."""
         return Head(self.lm)
 
     @property

@@ -74,6 +74,8 @@ class LanguageModule(L.LightningModule):
 
     def _reduce(self, values: list[float], how: str) -> list[float]:
         """Over all processes: "sum" or "max" of each."""
+        if self.trainer.world_size == 1:
+            return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.trainer.strategy.reduce(tensor, reduce_op=how).tolist()  # type: ignore[union-attr]
 
@@ -130,9 +132,10 @@ class Meter:
         """
         flat = [self._weight, *self._sums.values(), *(part for parts in self._totals.values() for part in parts)]
         added = iter(reduce(flat, "sum"))
-        weight = max(next(added), 1e-12)
+        weight = next(added)
         sums = {name: next(added) for name in self._sums}
-        means = {name: [next(added) / weight for _ in parts] for name, parts in self._totals.items()}
+        totals = self._totals if weight else {}  # without a token nothing has a mean
+        means = {name: [next(added) / weight for _ in parts] for name, parts in totals.items()}
         largest = reduce(list(self._maxima.values()), "max") if self._maxima else []
         single = {name: FROM_MOMENTS.get(name.split("/")[-1], _only)(*parts) for name, parts in means.items()}
         gathered = single | sums | dict(zip(self._maxima, largest, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_reason.errors import ConfigError
 from lit_reason.loop import RolloutLoop, Round, Stages
 from lit_reason.models import CausalLM
+from lit_reason.models.adapters import adapters
 from lit_reason.models.critic import Critic
 from lit_reason.modules.base import LanguageModule
 from lit_reason.modules.divergence import head_divergence
@@ -76,6 +77,11 @@ class PolicyModule(LanguageModule):
             further.requires_grad_(False)
         self.reference = Frozen() if reference is None else reference
         check_teacher(objective, self.reference)
+        if router_bias_rate and adapters(model):
+            raise ConfigError(
+                f"router_bias_rate={router_bias_rate} with adapters: the biases are the base's, so balancing would "
+                "move the reference. Type rl.router_bias_rate=0"
+            )
         self.reference.bind(model)
         critic = objective.critic
         self.critic = None if critic is None else Critic(model, critic.trunk == "shared", critic.lr_factor)
@@ -94,12 +100,13 @@ class PolicyModule(LanguageModule):
         updates: int = 1,
         log_kl: bool = False,
         progress: OnProgress | None = None,
+        check: Callable[[Scores], None] | None = None,
     ) -> Stages:
         """What a round of this policy calls.
 
         Args:
             engine: generates with this policy's weights, by `sampling`.
-            score: e.g. `Rubric.score`.
+            score: e.g. `Rubric.score`; or `Rubric.judge`, with `check=Rubric.check` for the round as a whole.
             updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
             log_kl: log the KL to the reference even if the objective has no term for it.
             progress: told about twice a second how generation goes on.
@@ -129,8 +136,9 @@ class PolicyModule(LanguageModule):
             greedy=(lambda prompts: engine.generate(prompts, greedy, [0] * len(prompts)))
             if objective.needs_greedy
             else None,
-            informative=partial(informative, per_reward=objective.per_reward),
+            informative=partial(informative, per_reward=objective.per_reward) if objective.compares else None,
             mismatch=_mismatch_kl,
+            check=check,
         )
 
     def on_fit_start(self) -> None:
@@ -198,10 +206,13 @@ class PolicyModule(LanguageModule):
     @torch.no_grad()
     def values(self, batch: PolicyBatch) -> Tensor:
         """The critic's values as they are now."""
+        assert self.critic is not None
+        batch, model = batch.to(self.device), cast(CausalLM, self.model)
+        counts_BT = batch.mask_BT > 0
         with self.trainer.precision_plugin.forward_context():
-            values_BT = self.forward(batch.to(self.device)).values_BT
-        assert values_BT is not None
-        return values_BT.cpu()
+            states_MD = None if self.critic.trunk is not None else model.states_at(batch.input_ids_BT, counts_BT)
+            values_M = self.critic(batch.input_ids_BT, counts_BT, states_MD)
+        return torch.zeros(counts_BT.shape, dtype=values_M.dtype).masked_scatter(counts_BT.cpu(), values_M.cpu())
 
     def _logprobs(self, model: CausalLM, batch: PolicyBatch) -> Tensor:
         with self.trainer.precision_plugin.forward_context():

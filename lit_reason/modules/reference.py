@@ -123,7 +123,7 @@ class _Moving(Reference):
     def _blend(self, policy: nn.Module, share: float) -> None:
         """own += share * (policy - own), for every parameter; buffers are copied."""
         for own, new in zip(self._model.parameters(), policy.parameters(), strict=True):
-            own.lerp_(new.detach().to(own.device), share)
+            own.lerp_(new.detach().to(own), share)
         for own, new in zip(self._model.buffers(), policy.buffers(), strict=True):
             own.copy_(new)
 
@@ -144,12 +144,16 @@ class Refreshed(_Moving):
 
 
 class EMA(_Moving):
-    """own = decay * own + (1 - decay) * policy after every optimizer step."""
+    """own = decay * own + (1 - decay) * policy after every optimizer step, in float32: bfloat16 would not move."""
 
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"reference.decay={decay}: must be at least 0 and below 1. Type reference.decay=0.99")
         self.decay, self.rule = decay, f"moving average of the policy, decay {decay} per step"
+
+    def bind(self, policy: nn.Module) -> None:
+        super().bind(policy)
+        self._model.float()
 
     def after_step(self, policy: nn.Module) -> None:
         self._blend(policy, 1 - self.decay)

@@ -196,6 +196,8 @@ ADVANTAGES: dict[str, Callable[..., Any]] = {
     "kl_cov": kl_cov,
 }
 
+# For rewards of 0 and 1: a KL added to them would make others of them.
+BINARY = {"maxrl", "pkpo", "passk"}
 # Alone in its group a completion has advantage 0 with these.
 COMPARING = {
     "reinforce_pp_baseline",

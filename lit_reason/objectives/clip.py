@@ -235,6 +235,10 @@ CLIPS: dict[str, Callable[..., Surrogate]] = {
 }
 
 
+# These recover something from each token's own ratio.
+TOKEN_RATIO = {"dppo", "gmpo", "kl_cov"}
+
+
 def _never(like_BT: Tensor) -> tuple[Tensor, Tensor]:
     """No token was cut, on either side."""
     never_BT = torch.zeros_like(like_BT, dtype=torch.bool)

@@ -49,10 +49,13 @@ class Coefficients:
         self.kl, self.entropy, self._c = kl.weight, entropy.coef, entropy.coef
 
     def adapt(self, measured: Mapping[str, float]) -> None:
-        """After an optimizer step, from its mean `kl/k3` and `entropy`."""
-        if self._kl_rule.target is not None:
+        """After an optimizer step, from its mean `kl/k3` and `entropy`; without them (no token) nothing changes.
+
+        The entropy bonus follows the step before: Skywork looks at the same one.
+        """
+        if self._kl_rule.target is not None and "kl/k3" in measured:
             self.kl = adapted_weight(self.kl, measured["kl/k3"], self._kl_rule.target, self._kl_rule.rate)
-        if (target := self._entropy_rule.target) is not None:
+        if (target := self._entropy_rule.target) is not None and "entropy" in measured:
             below = measured["entropy"] <= target
             self._c = max(0.0, self._c + (self._entropy_rule.step if below else -self._entropy_rule.step))
             self.entropy = self._c if below else 0.0

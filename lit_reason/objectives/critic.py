@@ -26,7 +26,8 @@ class CriticSettings:
         trunk: `"separate"` is a model of its own that starts as a copy of the policy; `"shared"` is a value head on the
             policy's own states, whose gradient then reaches the policy too.
         lr_factor: times the policy's learning rate, for the critic's own parameters.
-        loss_coef: weight of the value loss. With Adam and a separate trunk it changes nothing; `lr_factor` does.
+        loss_coef: weight of the value loss. With Adam and a separate trunk it acts through the clipping of the common
+            gradient norm alone; how fast values are learnt is `lr_factor`.
         clip: how far a value may move in an update before it stops counting (`value_loss`); None is unbounded.
     """
 
@@ -46,6 +47,10 @@ def resolve_critic(spec: Mapping[str, Any]) -> CriticSettings:
         if key not in spec:
             raise ConfigError(f"critic: {key!r} is missing, got {sorted(spec)}. Type +algorithm.critic.{key}=VALUE")
         check_value(f"critic.{key}", spec[key], hint)
+    if not spec["lr_factor"] > 0:
+        raise ConfigError(
+            f"critic.lr_factor: got {spec['lr_factor']}; valid: above 0. Type algorithm.critic.lr_factor=10"
+        )
     return CriticSettings(**spec)
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from lit_reason.errors import ConfigError
-from lit_reason.objectives.advantage import ADVANTAGES, min_group_size
+from lit_reason.objectives.advantage import ADVANTAGES, BINARY, COMPARING, min_group_size
 from lit_reason.objectives.aggregation import AGGREGATIONS, token_mean
 from lit_reason.objectives.checks import check_rewards, given, takes
 from lit_reason.objectives.choices import resolve
-from lit_reason.objectives.clip import CLIPS
+from lit_reason.objectives.clip import CLIPS, TOKEN_RATIO
 from lit_reason.objectives.coefficients import Coefficients, EntropyRule
-from lit_reason.objectives.correction import correction_metrics, log_ratio, resolve_correction
+from lit_reason.objectives.correction import Correction, correction_metrics, log_ratio, resolve_correction
 from lit_reason.objectives.critic import resolve_critic, value_loss
 from lit_reason.objectives.distillation import resolve_distillation
 from lit_reason.objectives.kl import resolve_kl
@@ -110,6 +110,7 @@ class Objective:
         self.needs_entropy = bool(entropy_coef) or entropy_target is not None
         self.needs_ref = kl_rule.weight != 0
         self.advantage_name = advantage if isinstance(advantage, str) else str(advantage["name"])
+        self._ratio_name = ratio if isinstance(ratio, str) else str(ratio["name"])
         self.clip_name = clip if isinstance(clip, str) else str(clip["name"])
         self._advantage_settings = {} if isinstance(advantage, str) else dict(advantage)
         self._check_choices()
@@ -131,6 +132,16 @@ class Objective:
             raise ConfigError(
                 f"clip: got 'kl_cov' with advantage {self.advantage_name!r}; valid: advantage kl_cov, which marks the "
                 "tokens that it treats apart. Type algorithm=kl_cov"
+            )
+        if self.clip_name in TOKEN_RATIO and self._ratio_name != "token":
+            raise ConfigError(
+                f"ratio: got {self._ratio_name!r} with clip {self.clip_name!r}, which looks at each token's own ratio; "
+                "valid with it: token. Type algorithm.ratio=token"
+            )
+        if self._kl_in_reward and self.advantage_name in (*BINARY, "none"):
+            raise ConfigError(
+                f"kl: a KL in the reward with advantage {self.advantage_name!r}, which takes rewards of 0 and 1, or "
+                "none at all; valid: a KL in the loss. Type algorithm.kl.name=k2_loss"
             )
         one_BT, first_B = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
         known = {"old_logprobs_BT": -one_BT, "values_BT": one_BT, "greedy_BR": one_BT}
@@ -169,6 +180,11 @@ class Objective:
     def divergence_beta(self) -> float | None:
         """Of the generalised JSD to the teacher that `loss` must be given at each token; None without one."""
         return None if self._distillation is None else self._distillation.beta
+
+    @property
+    def compares(self) -> bool:
+        """Whether a group whose rewards are all equal teaches nothing."""
+        return self.advantage_name in (*COMPARING, *BINARY)
 
     @property
     def per_reward(self) -> bool:
@@ -283,11 +299,17 @@ class Objective:
         surrogate = self._clip(ratio_BT, batch.advantages_BT.masked_fill(~on_BT, 0), new_BT, batch.mask_BT, **marked)
         loss_BT, metrics = surrogate.loss_BT, ratio_metrics(ratio_BT, surrogate, on_BT)
         if self._correction is not None:
-            correction = self._correction(log_ratio(old_BT, batch.rollout_logprobs_BT, batch.mask_BT), batch.mask_BT)
-            loss_BT = loss_BT * torch.where(self._corrects(batch), correction.weights_BT, 1.0)
+            weights_BT, cut_BT = self._correction(
+                log_ratio(old_BT, batch.rollout_logprobs_BT, batch.mask_BT), batch.mask_BT
+            )
+            acts = self._corrects(batch)
+            correction = Correction(torch.where(acts, weights_BT, 1.0), cut_BT & acts)
+            loss_BT = loss_BT * correction.weights_BT
             metrics |= correction_metrics(correction, on_BT)
         if self.needs_ref and self._kl.place == "loss":
-            kl_BT = self._kl.estimator(new_BT, given(ref_BT, "reference"), ratio_BT)
+            # Of tokens, whatever the surrogate's: another's gradient would be of neither KL.
+            token_ratio_BT = RATIOS["token"](new_BT, old_BT, batch.mask_BT)
+            kl_BT = self._kl.estimator(new_BT, given(ref_BT, "reference"), token_ratio_BT)
             loss_BT = loss_BT + self.coefficients.kl * kl_BT
         if self._distillation is not None:
             divergence_BT = given(divergence_BT, "divergence").masked_fill(~on_BT, 0)

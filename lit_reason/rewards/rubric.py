@@ -85,6 +85,12 @@ class Rubric:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """The B x R scores of B (prompt, completion) pairs; raises `RewardError` when too many entries are faults."""
+        scores = self.judge(prompts, completions)
+        self.check(scores)
+        return scores
+
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        """The same without a limit on faults, for one part of a whole that `check` looks at."""
         _check_pairs(prompts, completions)
         values_BR = torch.full((len(prompts), len(self.rewards)), float("nan"), dtype=torch.float32)
         states_BR = torch.full(values_BR.shape, int(RewardState.OK), dtype=torch.int64)
@@ -100,13 +106,14 @@ class Rubric:
                 else:
                     values_BR[row, column] = entry
         self.scored += len(prompts)
-        self._stop_if_too_many(messages, len(prompts))
         weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float32)
         return self.transforms(Scores(tuple(self.rewards), weights_R, values_BR, states_BR, messages))
 
-    def _stop_if_too_many(self, messages: Mapping[tuple[int, str], str], rows: int) -> None:
+    def check(self, scores: Scores) -> None:
+        """Raises `RewardError` when too many entries of one column are faults."""
+        rows = len(scores.values_BR)
         for name in self.rewards:
-            texts = [text for (_, of), text in messages.items() if of == name]
+            texts = [text for (_, of), text in scores.messages.items() if of == name]
             if len(texts) > self.max_fault_fraction * rows:
                 raise RewardError(
                     f"reward {name!r} failed on {len(texts)} of {rows} completions "

@@ -21,7 +21,15 @@ class ShuffledRubric:
         self.rubric = rubric
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
-        scores = self.rubric.score(prompts, completions)
+        scores = self.judge(prompts, completions)
+        self.check(scores)
+        return scores
+
+    def check(self, scores: Scores) -> None:
+        self.rubric.check(scores)
+
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        scores = self.rubric.judge(prompts, completions)
         seed = sum(completion.seed for completion in completions) % 2**63
         order = torch.randperm(len(completions), generator=torch.Generator().manual_seed(seed))
         row_of = {old: new for new, old in enumerate(order.tolist())}

@@ -72,7 +72,7 @@ def test_silent_groups_are_replaced_by_further_prompts(stub, make_loop):
     step = list(loop)
     assert scripted.asked == [dealt[:2], [dealt[2]], [dealt[3]]]
     assert [g.prompt.token_ids[0] - 1 for g in seen[0].groups] == [dealt[0], dealt[3]]
-    assert seen[0].metrics["rollout/refills"] == 2
+    assert seen[0].metrics["rollout/refilled"] == 2
     assert all((b.mask_BT.sum(1) > 0).all() and b.sequences_total == 4 for b in step)
 
 
@@ -86,6 +86,9 @@ def test_what_is_silent_at_the_end_is_masked_and_counts_nowhere(stub, make_loop)
     owner = torch.cat([b.input_ids_BT[:, 0] - 1 for b in step])
     assert set(owner[counted].tolist()) == {dealt[0]} and counted.sum() == 2
     assert all((b.sequences_total, b.prompts_total, b.tokens_total) == (2, 1, 7) for b in step)
+    assert scripted.assessed[0][1]["valid_B"].tolist() == [True, True, False, False], "nor in the batch's statistics"
+    # Rewards are of all four groups that were generated: prompt n earns n.
+    assert seen[0].metrics["reward/a/mean"] == sum(dealt[:4]) / 4
 
 
 def test_the_length_holds_and_a_resumed_run_refills_alike(stub, make_loop):
@@ -110,7 +113,7 @@ def test_a_prompt_dealt_again_by_a_refill_gets_other_seeds(stub, make_loop):
 def test_without_refills_nothing_is_dropped(stub, make_loop):
     scripted, seen = Scripted(silent=set(range(7))), []
     list(make(stub, make_loop, scripted, on_round=seen.append, rounds=1))
-    assert len(scripted.asked) == 1 and "rollout/refills" not in seen[0].metrics
+    assert len(scripted.asked) == 1 and "rollout/refilled" not in seen[0].metrics
 
 
 def test_truncated_completions_are_masked_and_stay_in_the_statistics(stub, make_loop):
@@ -135,5 +138,15 @@ def test_every_row_knows_the_rewards_of_its_prompts_greedy_completion(stub, make
 
 
 def test_refills_need_to_know_what_is_silent(stub, make_loop):
-    with pytest.raises(ConfigError, match=r"rollout.shape.refills needs Stages.informative"):
+    with pytest.raises(ConfigError, match=r"rollout.shape.refills=1: the objective does not compare"):
         make_loop(stub().stages(old=False), **SHAPE, refills=1)
+
+
+def test_the_limit_of_faults_is_the_rounds(stub, make_loop):
+    """Four groups were generated, in three calls; the check sees them together, once."""
+    dealt, seen = order(make_loop, stub), []
+    scripted = Scripted(silent={dealt[1], dealt[2]})
+    loop = make(stub, make_loop, scripted, rounds=1, refills=3)
+    loop.stages = replace(loop.stages, check=lambda scores: seen.append(len(scores.values_BR)))
+    next(loop)
+    assert seen == [8]

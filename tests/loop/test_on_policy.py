@@ -59,8 +59,8 @@ def test_a_round_is_sampled_from_the_weights_after_the_last_step(real_run, minib
 @pytest.mark.parametrize(
     ("algorithm", "refills", "reference", "changes"),
     [
-        ("gdpo", 0, None, {}),
-        ("ppo", 1, None, {}),
+        ("gdpo", 1, None, {}),
+        ("ppo", 0, None, {}),
         (
             "grpo",
             0,

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_reason.errors import ConfigError
+from lit_reason.models import HFModel
 from lit_reason.models.lora import LoRA
 from lit_reason.modules import PolicyModule
 from lit_reason.objectives import Objective
@@ -87,6 +89,28 @@ def test_the_checkpoint_holds_the_critic(make_ppo, micro_batches, fit, tmp_path)
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["critic.head.weight"], policy.critic.head.weight) and saved["critic.head.weight"].any()
     assert "critic.trunk.blocks.0.attn.kv_a.weight" in saved
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+def test_a_model_of_transformers_has_a_critic_too(round_batch, tied, trunk):
+    lm = LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                    max_position_embeddings=48, tie_word_embeddings=tied)
+    )  # fmt: skip
+    policy = PolicyModule(HFModel(lm), AdamW(), Objective(**AXES, critic=CRITIC | {"trunk": trunk}))
+    torch.nn.init.normal_(policy.critic.head.weight)
+    policy.forward(round_batch).values_BT.sum().backward()
+    if trunk == "separate":
+        embedding = policy.critic.trunk.lm.get_input_embeddings().weight
+        assert embedding.requires_grad and embedding.grad.any()
+        assert policy.critic.trunk.lm.get_output_embeddings().weight.requires_grad == tied
+    with torch.no_grad():
+        torch.testing.assert_close(
+            policy.critic(round_batch.input_ids_BT, round_batch.mask_BT > 0,
+                          policy.model.states_at(round_batch.input_ids_BT, round_batch.mask_BT > 0)),
+            policy.forward(round_batch).values_BT[round_batch.mask_BT > 0],
+        )  # fmt: skip
 
 
 def test_refusals(make_model):

@@ -30,6 +30,8 @@ def test_a_micro_batch_without_tokens_weighs_nothing():
     meter.add({"a": 3.0, "c/ess": torch.tensor([0.0, 0.0])}, {}, 2.0)
     assert meter.take() == {"a": 3.0, "c/ess": 1.0}
     assert meter.take() == {}
+    meter.add({"a": float("nan")}, {"loss": 0.0}, 0.0)
+    assert meter.take() == {"loss": 0.0}, "a step without a token has no means"
 
 
 def test_over_two_processes():

@@ -29,6 +29,20 @@ def test_ema_follows_every_step(make_policy, micro_batches, fit):
         assert any(not torch.equal(own, start[name]) for name, own in model.named_parameters())
 
 
+def test_ema_of_bfloat16_weights_moves(make_model):
+    """1000 steps of a hundredth of 0.1: in bfloat16 every one of them would be rounded away."""
+    model = make_model().to(torch.bfloat16)
+    with torch.no_grad():
+        model.norm.weight.fill_(1.0)
+        reference = EMA(0.99)
+        reference.bind(model)
+        model.norm.weight.fill_(1.125)
+    for _ in range(1000):
+        reference.after_step(model)
+    with reference.model() as own:
+        torch.testing.assert_close(own.norm.weight, torch.full_like(own.norm.weight, 1.125), atol=1e-4, rtol=0)
+
+
 def test_refreshed_follows_every_other_round(make_policy):
     policy = make_policy(reference=Refreshed(every=2))
     seen = []
@@ -91,6 +105,15 @@ def test_a_resumed_policy_with_adapters_knows_its_base(make_model, micro_batches
     other = make(1)
     with pytest.raises(CheckpointError, match="reference policy is"):
         fit(other, micro_batches(other, 1), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_adapters_and_balancing_are_refused(make_model):
+    """The biases belong to the base, which is the reference."""
+    model = make_model()
+    LoRA(rank=4).apply(model)
+    axes = {"advantage": "group_mean", "ratio": "token", "clip": "none", "aggregation": "token_mean"}
+    with pytest.raises(ConfigError, match=r"router_bias_rate=0.01 with adapters.*Type rl.router_bias_rate=0"):
+        PolicyModule(model, AdamW(), Objective(**axes), router_bias_rate=0.01)
 
 
 def test_a_copy_of_adapters_is_refused(make_model):

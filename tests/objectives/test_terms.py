@@ -184,6 +184,43 @@ def test_wrong_distillation(spec, message):
         Objective(**AXES, distillation=spec)
 
 
+def test_a_corrected_kl_takes_the_tokens_ratio_whatever_the_surrogates():
+    """d/dx = r (x - ref) with r of each token, though the surrogate's ratio is the sequence's; A = 0."""
+    objective = Objective(**AXES | {"ratio": "sequence"}, kl={"name": "k3_is_corrected", "weight": 1.0})
+    old_BT, ref_BT = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.3, -1.0]])
+    new_BT = torch.tensor([[-0.6, -2.2]], requires_grad=True)
+    batch = batch_of(torch.ones(1, 2), torch.zeros(1, 2), old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT)
+    (gradient_BT,) = torch.autograd.grad(objective.loss(new_BT, batch).loss, new_BT)
+    expected = [math.exp(0.4) * 0.7 / 2, math.exp(-0.2) * -1.2 / 2]
+    assert gradient_BT[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"clip": {"name": "gmpo", "low": 0.4, "high": 0.4}, "ratio": "sequence"},
+            "ratio: got 'sequence' with clip 'gmpo'",
+        ),
+        ({"kl": {"name": "k1_reward", "weight": 0.1}}, "a KL in the reward with advantage 'none'"),
+        (
+            {"advantage": {"name": "maxrl", "eps": 1e-6, "baseline": "group_mean"}, "kl": {"name": "k1_reward", "weight": 0.1}},
+            "a KL in the reward with advantage 'maxrl'",
+        ),
+        ({"advantage": GAE, "critic": CRITIC | {"lr_factor": 0}}, "critic.lr_factor: got 0; valid: above 0"),
+    ],
+)
+def test_pairs_that_would_learn_nothing(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(**AXES | changes)
+
+
+def test_which_advantages_compare_within_a_group():
+    assert not Objective(**AXES).compares
+    assert Objective(**AXES | {"advantage": "rloo"}).compares
+    assert not Objective(**AXES | {"advantage": "remax"}).compares
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(0.2, 2.0), (0.1, 1.0), (0.0, 1.0)])
 def test_a_correction_above_a_threshold_acts_in_rounds_beyond_it(kl, factor):
     """rho = e^1 cut to 2 if the round's mismatch is above 0.1 nats, 1 otherwise: loss -A rho."""
@@ -194,6 +231,6 @@ def test_a_correction_above_a_threshold_acts_in_rounds_beyond_it(kl, factor):
     given = {"old_logprobs_BT": old_BT, "mismatch_kl": torch.tensor(kl)}
     output = objective.loss(old_BT, batch_of(torch.ones(1, 1), torch.ones(1, 1), old_BT - 1, **given))
     assert output.loss.item() == pytest.approx(-factor)
-    assert output.metrics["correction/cut"] == 1
+    assert output.metrics["correction/cut"] == (factor != 1), "of what acts"
     with pytest.raises(ConfigError, match="got no mismatch values"):
         objective.loss(old_BT, batch_of(torch.ones(1, 1), torch.ones(1, 1), old_BT - 1, old_logprobs_BT=old_BT))
