@@ -163,7 +163,7 @@ def _covariance(
     advantages_BT = advantages_B[:, None].repeat(1, mask_BT.shape[1])
     on_BT = (mask_BT > 0) & valid_B[:, None]
     mean_advantage, mean_logprob = (
-        v.masked_fill(~on_BT, 0).sum() / on_BT.sum().clamp(min=1) for v in (advantages_BT, old_logprobs_BT)
+        x.masked_fill(~on_BT, 0).sum() / on_BT.sum() for x in (advantages_BT, old_logprobs_BT)
     )
     return advantages_BT, (old_logprobs_BT - mean_logprob) * (advantages_BT - mean_advantage), on_BT
 

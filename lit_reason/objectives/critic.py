@@ -78,7 +78,7 @@ def gae_advantages(
     on_BT = (mask_BT > 0) & valid_B[:, None]
     position_T = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
     last_B = (on_BT * position_T).argmax(dim=1)
-    rewards_BT = torch.zeros_like(values_BT) if penalty_BT is None else penalty_BT.masked_fill(~on_BT, 0)
+    rewards_BT = torch.zeros_like(values_BT) if penalty_BT is None else penalty_BT
     rewards_BT = rewards_BT.scatter_add(1, last_B[:, None], weighted_sum(rewards_BR, weights_R)[:, None])
     raw_BT, returns_BT = gae(rewards_BT, values_BT, on_BT, gamma=gamma, lam=lam, holes=holes)
     if whiten_eps is not None:

@@ -17,7 +17,6 @@ PASSK = "return (numerator_B / sigma_B.masked_fill(silent_B, 1)).masked_fill(sil
 CORRECT = "correct_B = (reward_B >= threshold - 1e-06) & valid_B"
 CHOOSE = "ratio_B = ratio_B * (a_B - j).clamp(min=0) / (b_B - j).clamp(min=1)"
 ENOUGH = "b >= k wherever the row counts; the others are overwritten"
-MEANS = "v.masked_fill(~on_BT, 0).sum() / max(tokens, 1)"
 SAME_SUM = "both branches compute the same sum; this one is quicker for 1"
 CERTAIN = "a token that became certain is infinitely far instead of very far: beyond any threshold either way"
 EPS = "new_BT, old_BT = (new_BT.clamp(eps, 1 - eps), old_BT.clamp(eps, 1 - eps))"
@@ -37,10 +36,32 @@ COUNTED = "zeros_P.index_add(0, index_B, values_B.masked_fill(~valid_B, 0)) / co
 ZEROS = "zeros_P = values_B.new_zeros(int(index_B.max()) + 1 if len(index_B) else 0)"
 STD_P = "std_P = (square_P / (count_P - ddof).clamp(min=1)).sqrt()"
 VARIANCE = "variance = (count_BT * centred_BT.square()).sum() / (tokens - ddof).clamp(min=1)"
-PROBE = "{'old_logprobs_BT': -one_BT} if _takes(self._advantage, 'old_logprobs_BT') else {}"
 STD = "std = (over_batch_B.square().sum() / (count_1 - ddof).clamp(min=1)).sqrt()"
 
+K2 = "return ratio_BT.detach() * k2(logprobs_BT, ref_logprobs_BT, ratio_BT)"
+K3 = "return ratio_BT.detach() * k3(logprobs_BT, ref_logprobs_BT, ratio_BT)"
+PROBED = "asked only for what it refuses, which no value here is"
+SQUARE = "a square"
+NO_GRAD = "under no_grad nothing has a gradient"
+KNOWN = "known = {'old_logprobs_BT': -one_BT, 'values_BT': one_BT, 'greedy_BR': one_BT}"
+GAE = "raw_BT, returns_BT = gae(rewards_BT, values_BT, on_BT, gamma=gamma, lam=lam, holes=holes)"
+GAE_IN = "(rewards_BT.masked_fill(~on_BT, 0), values_BT.masked_fill(~on_BT, 0))"
+DELTA = "delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]"
+STEP = "advantage_B, value_B = (delta_B + gamma * lam * next_advantage_B, values_BT[:, t])"
+
 EQUIVALENT: dict[str, str] = {
+    f"kl.py:k2_is: {K2} -> {K2.replace('(logprobs_BT, ref_logprobs_BT,', '(ref_logprobs_BT, logprobs_BT,')}": SQUARE,
+    f"kl.py:k2_is: {K2} -> {K2.replace('ratio_BT)', 'ratio_BT.detach())')}": UNUSED,
+    f"kl.py:k3_is: {K3} -> {K3.replace('ratio_BT)', 'ratio_BT.detach())')}": UNUSED,
+    f"critic.py:gae_advantages: {GAE} -> {GAE.replace('values_BT', 'values_BT.detach()')}": NO_GRAD,
+    f"critic.py:gae: {GAE_IN} -> {GAE_IN.replace('values_BT', 'values_BT.detach()')}": NO_GRAD,
+    f"critic.py:gae: {DELTA} -> {DELTA.replace('values_BT', 'values_BT.detach()')}": NO_GRAD,
+    f"critic.py:gae: {STEP} -> {STEP.replace('values_BT', 'values_BT.detach()')}": NO_GRAD,
+    "critic.py:gae: return (advantages_BT, advantages_BT + values_BT) -> "
+    "return (advantages_BT, advantages_BT + values_BT.detach())": NO_GRAD,
+    f"objective.py:_check_choices: {KNOWN} -> {KNOWN.replace('-one_BT', 'one_BT')}": PROBED,
+    "objective.py:_check_choices: self._clip(one_BT, one_BT, -one_BT, one_BT, **marked) -> "
+    "self._clip(one_BT, one_BT, one_BT, one_BT, **marked)": PROBED,
     f"advantage.py:group_mean_batch_std: {FILLED} -> {FILLED.replace('flat_B, 1', 'flat_B, 2')}": "its numerator is 0",
     f"advantage_binary.py:_counts: {CORRECT} -> {CORRECT.replace('>=', '>')}": "1e-6 is slack for rounding; no "
     "reward is exactly there",
@@ -48,7 +69,6 @@ EQUIVALENT: dict[str, str] = {
     "is 0 before a factor is negative, and a = -1 only where the other branch is taken",
     f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('.clamp(min=1)', '')}": ENOUGH,
     f"advantage_binary.py:_choose_ratio: {CHOOSE} -> {CHOOSE.replace('min=1', 'min=0')}": ENOUGH,
-    f"advantage_token.py:clip_cov: {MEANS} -> {MEANS.replace(', 1)', ', 0)')}": "without a token there is no candidate",
     "advantage_token.py:_to_go: discount == 1 -> discount == 0": SAME_SUM,
     "advantage_token.py:_to_go: discount == 1 -> discount == 2": SAME_SUM,
     f"advantage_binary.py:passk: {SILENT} -> {SILENT.replace('n_B < k', 'n_B <= k')}": "with n = k sigma is 0",
@@ -77,7 +97,6 @@ EQUIVALENT: dict[str, str] = {
     "return centred_B / (std_P[index_B] + eps).masked_fill(flat_B, 2)": "its numerator is 0",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('.clamp(min=1)', '')}": "a single token is flat",
     f"statistics.py:whiten: {VARIANCE} -> {VARIANCE.replace('min=1', 'min=0')}": "a single token is flat",
-    f"objective.py:_probe_advantage: {PROBE} -> {PROBE.replace('-one', 'one')}": "the values of a probe do not matter",
     "correction.py:truncate: _check_bounds(0.0, high) -> _check_bounds(1, high)": ANY_LOW,
     "correction.py:mask: _check_bounds(low or 0.0, high) -> _check_bounds(low or 1, high)": ANY_LOW,
     f"advantage_binary.py:maxrl: {MEAN}.clamp(min=1) -> {MEAN}": NO_ROW,

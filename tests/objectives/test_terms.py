@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError, NonFiniteError
-from lit_reason.objectives import Objective
+from lit_reason.objectives import ADVANTAGES, Objective
 from lit_reason.types import PolicyBatch
 
 AXES = {"advantage": "none", "ratio": "token", "clip": "none", "aggregation": "token_mean"}
@@ -155,6 +155,29 @@ def test_value_loss_beside_the_policys():
             objective.loss(torch.zeros(1, 3), lacking, values_BT=None if missing == "values" else values_BT)
 
 
+def test_a_marked_ratio_that_underflowed_is_pulled_by_a_finite_amount():
+    objective = Objective(**AXES | {"advantage": KL_COV, "clip": {"name": "kl_cov", "coef": 1.0}})
+    new_BT = torch.tensor([[-200.0]], requires_grad=True)
+    old_BT, marked_BT = torch.tensor([[-1.0]]), torch.tensor([[True]])
+    batch = batch_of(torch.ones(1, 1), torch.ones(1, 1), old_logprobs_BT=old_BT, marked_BT=marked_BT)
+    assert objective.loss(new_BT, batch).loss.isfinite()
+
+
+def test_rows_that_failed_have_no_advantage_whatever_their_rewards():
+    rewards_BR, valid_B = torch.tensor([[3.0], [5.0]]), torch.tensor([True, False])
+    given = (rewards_BR, torch.ones(1), torch.zeros(2, dtype=torch.long), valid_B, torch.ones(2, 2))
+    assert ADVANTAGES["remax"](*given, greedy_BR=torch.ones(2, 1)).tolist() == [2.0, 0.0]
+
+
+def test_distillation_leaves_the_policys_own_gradient():
+    """A = 2 on one token: -2 of the policy's term beside the divergence's."""
+    objective = Objective(**AXES, distillation={"beta": 0.5, "weight": 1.0})
+    new_BT = torch.tensor([[-1.0]], requires_grad=True)
+    batch = batch_of(torch.ones(1, 1), torch.full((1, 1), 2.0))
+    loss = objective.loss(new_BT, batch, divergence_BT=torch.ones(1, 1)).loss
+    assert torch.autograd.grad(loss, new_BT)[0].item() == -2.0
+
+
 def test_distillation_is_one_more_loss_per_token():
     """Weight 3, divergences 0.5 and 0.25 of two tokens of four: 3 (0.75) / 4, and a gradient of 3 / 4 each."""
     objective = Objective(**AXES, distillation={"beta": 0.5, "weight": 3.0})
@@ -204,7 +227,10 @@ def test_a_corrected_kl_takes_the_tokens_ratio_whatever_the_surrogates():
         ),
         ({"kl": {"name": "k1_reward", "weight": 0.1}}, "a KL in the reward with advantage 'none'"),
         (
-            {"advantage": {"name": "maxrl", "eps": 1e-6, "baseline": "group_mean"}, "kl": {"name": "k1_reward", "weight": 0.1}},
+            {
+                "advantage": {"name": "maxrl", "eps": 1e-6, "baseline": "group_mean"},
+                "kl": {"name": "k1_reward", "weight": 0.1},
+            },
             "a KL in the reward with advantage 'maxrl'",
         ),
         ({"advantage": GAE, "critic": CRITIC | {"lr_factor": 0}}, "critic.lr_factor: got 0; valid: above 0"),
