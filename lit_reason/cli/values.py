@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_reason.cli.build import checked_build
 from lit_reason.cli.launch import check_count
 from lit_reason.config.compose import MOVED
-from lit_reason.errors import ConfigError, nearest
+from lit_reason.errors import ConfigError, ZooError, nearest
 
 # Arguments that the run hands in itself, and what sets each. A key of that name would be overwritten in silence.
 HANDED_IN = {
@@ -197,7 +197,10 @@ def _check_reference(cfg: DictConfig) -> None:
         folder = Path(reference.name.removeprefix("dir:"))
         if reference.name.startswith("dir:") and not folder.is_dir():
             raise ConfigError(f"reference.name={reference.name}: there is no folder {folder}")
-        zoo.info(reference.name)
+        try:
+            zoo.info(reference.name)
+        except ZooError as error:
+            raise ConfigError(f"reference.name={reference.name}: {error}") from error
 
 
 def _check_schedule(optimizer: Any, steps: int) -> None:

@@ -37,11 +37,10 @@ def check(*overrides):
         ("rollout.sampling.temperature=0", "temperature=0: RL needs.*Type rollout.sampling.temperature=1.0"),
         ("rollout.sampling.temperature=-1", "rollout.sampling.temperature=-1: must be 0 .greedy. or above"),
         ("rollout.sampling.top_p=1.5", r"rollout.sampling.top_p=1.5: must be in \(0, 1\]"),
-        ("trainer.devices=2", "trainer.devices=2: RL runs on one process for now. Type trainer.devices=1"),
-        ("trainer.devices=[0,1]", r"trainer.devices=\[0, 1\]: RL runs on one process"),
-        ("trainer=ddp_cpu", "trainer.devices=2: RL runs on one process"),
+        ("trainer.devices=3", "512 sequences per optimizer step.*micro_batches=4 times 3 processes; valid: a divisor"),
+        ("trainer.devices=[0,1,2]", "micro_batches=4 times 3 processes"),
         ("trainer.accelerator=cuda", "trainer.accelerator=cuda: torch finds no such device here. Type trainer=cpu"),
-        ("trainer.num_nodes=2", "trainer.num_nodes=2: RL runs on one process"),
+        ("trainer.num_nodes=3", "micro_batches=4 times 3 processes"),
         ("sft.trainer.max_steps=0", "trainer.max_steps=0: a supervised stage needs a length.*Type trainer.max_steps="),
         ("sft.trainer.max_steps=null", "trainer.max_steps=None: a supervised stage needs a length"),
         # linear and 250 steps long
@@ -87,13 +86,31 @@ def check(*overrides):
         ("text.seq_len=1", "text.seq_len=1; valid: a whole number of 2 or more"),
         ("router_bias_rate=abc", "router_bias_rate='abc'; valid: a number 0 or more"),
         ("rl={trainer: {max_steps: 10}, optimizer: {warmup_steps: 20}}", "warmup_steps=20 leaves no step of .* 10"),
-        ("algorithm={entropy: 0.1}", "unknown key algorithm.entropy: did you mean 'algorithm.entropy_coef'"),
+        ("algorithm={entropy: 0.1}", "unknown key algorithm.entropy: did you mean .*'algorithm.entropy_coef'"),
     ],
 )  # fmt: skip
 def test_refused_before_any_training(override, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=said):
         check(ROAD, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("algorithm=opd", "reference=frozen: the objective distils from a teacher. Type reference=teacher"),
+        ("reference=teacher reference.name=dir:/nowhere algorithm=gkd", "there is no folder /nowhere"),
+        ("reference=teacher reference.name=arith-9m algorithm=gkd", "no model 'arith-9m' in the shelf"),
+        ("adapter=lora adapter.dropout=0.1", "adapter.dropout: RL compares.*Type adapter.dropout=0"),
+        ("adapter=lora algorithm=ppo", "a copy of a frozen policy could not learn. Type algorithm.critic.trunk=shared"),
+        ("adapter=lora reference=ema", "reference=ema with an adapter.*Type reference=frozen, or adapter=none"),
+        ("adapter=lora rl.router_bias_rate=0.1", "would move its reference. Type rl.router_bias_rate=0"),
+        ("algorithm=ppo rollout.shape.refills=1", "'gae' does not compare.*Type rollout.shape.refills=0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_training(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        check(ROAD, *overrides.split())
 
 
 def test_several_updates_of_a_round_need_a_ratio():

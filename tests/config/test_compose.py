@@ -28,6 +28,7 @@ TREES = [{g: options(g)[i % len(options(g))] for g in GROUPS} for i in range(max
 
 def test_every_group_of_the_design_is_there():
     names = "model data reward rollout algorithm optimizer kernels trainer callbacks logger experiment hparams_search"
+    names += " reference adapter"
     assert sorted(f"{names} debug paths extras hydra".split()) == GROUPS
 
 
@@ -36,7 +37,8 @@ def test_every_option_composes_and_every_target_and_key_is_real(tree):
     open_values = {"jsonl": ["data.source.path=x.jsonl"], "reasoning_gym": ["data.source.tasks={gcd: {}}"]}
     open_values["hf"] = ["model.name=some/name"]
     overrides = [f"{group}={option}" for group, option in tree.items()]
-    overrides += open_values.get(tree["data"], []) + open_values.get(tree["model"], [])
+    open_values["teacher"] = ["reference.name=some-name"]
+    overrides += [value for group in ("data", "model", "reference") for value in open_values.get(tree[group], [])]
     cfg = without_hydra(compose("train", overrides, multirun=True))
     check_run(cfg)
     for stage in ("pretrain", "sft", "rl"):
