@@ -1,4 +1,7 @@
-"""A small RL run on N processes (Lightning starts this file once more for each): `python ranks_run.py N OUT`."""
+"""A small RL run on N processes (Lightning starts this file once more for each):
+
+python ranks_run.py N OUT ALGORITHM [RANK_WHOSE_REWARD_FAILS]
+"""
 
 import sys
 from pathlib import Path
@@ -37,7 +40,7 @@ class Gradients(L.Callback):
         self.steps.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
 
 
-def main(devices: int, out: Path, algorithm: str) -> None:
+def main(devices: int, out: Path, algorithm: str, failing: int | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(
@@ -51,7 +54,13 @@ def main(devices: int, out: Path, algorithm: str) -> None:
     policy = PolicyModule(model, AdamW(lr=2**-8), Objective(**axes))
     engine, sampling = BuiltinEngine(ByteTokenizer(), dtype="float32"), Sampling(max_tokens=10)
     prompts = [Prompt(f"{i:016x}", f"q{i}", "", "test", (i + 1, *range(50, 51 + i % 3))) for i in range(7)]
-    stages = policy.stages(engine, sampling, score, updates=SHAPE.updates, log_kl=True)
+
+    def judge(prompts, completions):
+        if failing is not None and torch.distributed.get_rank() == failing:
+            raise OSError("the judge's server is gone")
+        return score(prompts, completions)
+
+    stages = policy.stages(engine, sampling, judge, updates=SHAPE.updates, log_kl=True)
     rounds = []
     loop = RolloutLoop(
         PromptCursor(prompts, seed=5), stages, SHAPE, request_seed=request_seed, seed=1, max_completion=10,
@@ -70,4 +79,4 @@ def main(devices: int, out: Path, algorithm: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

@@ -11,10 +11,14 @@ from lit_reason.errors import ConfigError
 from lit_reason.loop import RoundShape
 
 
+def start(*arguments):
+    command = [sys.executable, str(Path(__file__).with_name("ranks_run.py")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 def run(devices: int, folder: Path, algorithm: str):
     out = folder / f"{devices}.pt"
-    command = [sys.executable, str(Path(__file__).with_name("ranks_run.py")), str(devices), str(out), algorithm]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = start(devices, out, algorithm)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 
@@ -32,6 +36,13 @@ def test_the_number_of_processes_changes_no_gradient(tmp_path):
         for name, value in one["metrics"].items():
             if not name.startswith(("ratio/q", "speed/")):  # quantiles do not average
                 assert many["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (devices, name)
+
+
+def test_if_one_process_fails_all_say_why(tmp_path):
+    """The first process waits for nothing: it names the one that failed, and its error."""
+    done = start(2, tmp_path / "out.pt", "gdpo", 1)
+    assert done.returncode != 0
+    assert "process 1 failed, and with it the round: OSError: the judge's server is gone" in done.stderr
 
 
 def test_a_step_that_cannot_be_dealt_evenly_is_refused():
