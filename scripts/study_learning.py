@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_missing([t for (arm, _), t in trainings.items() if not args.train or arm in args.train], FOLDER)
     if args.train is not None:
         return
+    if missing := [found.name for found in trainings.values() if not found.done(ROOT / FOLDER)]:
+        raise SystemExit(f"{len(missing)} trainings are not done ({missing[0]}, ...); type it without --report")
     folders = {pair: ROOT / FOLDER / found.name / found.last for pair, found in trainings.items()}
     runs = [learning.measure(study, *pair, folder) for pair, folder in folders.items()]
     record = {
