@@ -173,7 +173,7 @@ def test_bfloat16_files_are_trained_in_float32(tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     model = HFConfig(str(tmp_path)).build()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.head.output.weight is model.lm.model.embed_tokens.weight
+    assert model.head.weight is model.full_head().output.weight is model.lm.model.embed_tokens.weight
 
 
 def test_dropout_is_off_in_training_mode(tmp_path):

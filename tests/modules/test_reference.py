@@ -52,7 +52,7 @@ def test_refreshed_follows_every_other_round(make_policy):
                 p.add_(1.0)
         policy.reference.before_round(policy.model, index)
         with policy.reference.model() as model:
-            seen.append(round(float(policy.model.norm.weight[0] - model.norm.weight[0])))
+            seen.append(round((policy.model.norm.weight[0] - model.norm.weight[0]).item()))
     assert seen == [0, 1, 0, 1]
 
 
