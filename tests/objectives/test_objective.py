@@ -92,6 +92,8 @@ def test_published_constants():
         ({"kl": {"name": "k3_loss", "weight": 0.0, "target": 0.1}}, r"target 0.1 with weight 0.0; valid: both above 0"),
         ({"entropy_target": 0.2, "entropy_step": 0.0}, r"entropy_target: got 0.2 with entropy_step 0.0"),
         ({"entropy_target": 0.0}, r"entropy_target: got 0.0"),
+        ({"kl": {"name": "k3_loss", "weight": 0.1, "target": 0.0}}, r"target 0.0 with weight 0.1; valid: both above 0"),
+        ({"kl": {"name": "k3_loss", "weight": 0.1, "rate": -1}}, r"kl.rate: got -1"),
         ({"entropy_coef": -1}, r"entropy_coef: got -1"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lit_reason.errors import ConfigError, NonFiniteError
-from lit_reason.objectives import ADVANTAGES, Objective
+from lit_reason.objectives import ADVANTAGES, Objective, gae
+from lit_reason.objectives.metrics import critic_metrics
 from lit_reason.types import PolicyBatch
 
 AXES = {"advantage": "none", "ratio": "token", "clip": "none", "aggregation": "token_mean"}
@@ -92,6 +93,38 @@ def test_gae_with_a_kl_per_token_a_failed_row_and_whitening():
     assert got.returns_BT[0].tolist() == pytest.approx([0.075, 1.1]), "of the raw advantages"
 
 
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_what_is_masked_does_not_reach_gae(holes):
+    """One token of reward 2 and value 1 between what nobody may look at: A = 1, return 2."""
+    wild_BT = torch.tensor([[math.nan, 0.0, math.nan]])
+    mask_BT = torch.tensor([[0.0, 1.0, 0.0]])
+    found = gae(wild_BT + torch.tensor([[0.0, 2.0, 0.0]]), wild_BT + 1, mask_BT, gamma=0.5, lam=0.5, holes=holes)
+    assert [x_BT.tolist() for x_BT in found] == [[[0.0, 1.0, 0.0]], [[0.0, 2.0, 0.0]]]
+
+
+def test_whitening_is_by_the_sample_variance():
+    """V = 0 and gamma lam = 1/4: A of a reward of 16 is 1, 4, 16; mean 7, sample variance (36 + 9 + 81) / 2 = 63."""
+    objective = Objective(**AXES | {"advantage": GAE | {"whiten_eps": 0.0}}, critic=CRITIC)
+    got = assess(objective, [[16.0]], torch.ones(1, 3), values_BT=torch.zeros(1, 3))
+    assert got.advantages[0].tolist() == pytest.approx([(a - 7) / math.sqrt(63) for a in (1, 4, 16)])
+
+
+def test_metrics_leave_out_what_is_masked_and_take_sizes():
+    """Ratios of 2 on the token that counts; the engine is 0.7 above the trainer on it."""
+    old_BT, on_BT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    new_BT = old_BT + math.log(2.0)
+    batch = batch_of(on_BT, torch.ones(1, 2), torch.tensor([[-0.3, 9.0]]), old_logprobs_BT=old_BT)
+    got = Objective(**AXES).loss(new_BT, batch).metrics
+    assert got["ratio/q01"].item() == got["ratio/q99"].item() == pytest.approx(2.0)
+    assert got["mismatch/max"].item() == pytest.approx(0.7)
+
+
+def test_what_an_objective_says_of_itself():
+    gdpo = {"name": "gdpo", "eps": 1e-4, "ddof": 1, "batch_norm": None, "batch_eps": 1e-4}
+    assert Objective(**AXES | {"advantage": gdpo}).per_reward and not Objective(**AXES).per_reward
+    assert Objective(**AXES).has_ratio and not Objective(**AXES | {"clip": "reinforce"}).has_ratio
+
+
 def test_kl_cov_marks_the_tokens_of_highest_covariance():
     """A = (1, -1); log p = -1, -3 | -2, -4.5, mean -2.625: cov 1.625, -0.375 | -0.625, 1.875; 0.3 of 4 is one."""
     old_BT, mask_BT = torch.tensor([[-1.0, -3.0, math.nan], [-2.0, -4.5, -9.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 0]])
@@ -167,6 +200,13 @@ def test_rows_that_failed_have_no_advantage_whatever_their_rewards():
     rewards_BR, valid_B = torch.tensor([[3.0], [5.0]]), torch.tensor([True, False])
     given = (rewards_BR, torch.ones(1), torch.zeros(2, dtype=torch.long), valid_B, torch.ones(2, 2))
     assert ADVANTAGES["remax"](*given, greedy_BR=torch.ones(2, 1)).tolist() == [2.0, 0.0]
+
+
+def test_moments_of_the_critic():
+    """R = 2, 3 and V = 1, 1: means 2.5, 6.5, 1.5, 2.5."""
+    returns_BT, on_BT = torch.tensor([[2.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
+    got = critic_metrics(torch.ones(1, 3), returns_BT, returns_BT, on_BT)
+    assert got["critic/explained_variance"].tolist() == [2.5, 6.5, 1.5, 2.5]
 
 
 def test_distillation_leaves_the_policys_own_gradient():
