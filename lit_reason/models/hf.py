@@ -16,8 +16,6 @@ Multi-token-prediction layers follow the trunk's and repeat embedding and head. 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from torch import Tensor
 from lit_reason.errors import ConfigError, DataError
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.hf_config import CONFIG, dtype_of, fp8_block, from_hf_config, to_hf_config
-from lit_reason.models.hf_files import INDEX, ROUNDING, Shards, read_json, shard_files, some, to_json
+from lit_reason.models.hf_files import INDEX, ROUNDING, Shards, new_folder, read_json, shard_files, some, to_json
 from lit_reason.models.hf_slots import slots
 from lit_reason.models.transformer import Transformer
 
@@ -93,8 +91,6 @@ def save_hf(
         ConfigError: the model cannot be expressed in the format, or the folder is not empty.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; give the name of a new folder")
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     document = to_hf_config(model.config, str(model.embed.weight.dtype).removeprefix("torch."))
@@ -103,16 +99,11 @@ def save_hf(
         raise ConfigError(
             "the routers have selection biases, which DeepSeek-V2's format (scoring=softmax) has no place for"
         )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder) as temporary:
         _write_weights(model, temporary, max_shard_bytes)
         (temporary / CONFIG).write_text(to_json(document))
         if extra is not None:
             extra(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_reason.errors import DataError
+from lit_reason.errors import ConfigError, DataError
 from lit_reason.models.hf_config import CONFIG, DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,6 +92,24 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged or incomplete ({error}); copy it again") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end of the block, whole, or not at all.
+
+    Raises:
+        ConfigError: `folder` is a file, or not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; give the name of a new folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _file_of(folder: Path) -> dict[str, str]:

@@ -13,8 +13,6 @@ Shapes: B rows, T positions, M targets that count, D width, V vocabulary.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError, nearest
 from lit_reason.models.hf_check import attention_kinds, check_against, context
+from lit_reason.models.hf_files import new_folder
 from lit_reason.models.transformer import Hidden
 
 if TYPE_CHECKING:
@@ -265,17 +264,10 @@ class HFModel(nn.Module):
             ConfigError: the folder is not empty.
         """
         folder = Path(folder).absolute()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists and is not empty; give the name of a new folder")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True)
+        with new_folder(folder) as temporary:
             self.lm.save_pretrained(str(temporary))
             if extra is not None:
                 extra(temporary)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
 
