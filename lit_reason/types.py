@@ -109,12 +109,12 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The G completions of one prompt, with their scores (G rows), and the rewards of its greedy completion, if any."""
+    """The G completions of one prompt, with their scores (G rows), and those of its greedy completion (one), if any."""
 
     prompt: Prompt
     completions: Sequence[Completion]
     scores: Scores
-    greedy_R: Tensor | None = None
+    greedy: Scores | None = None
 
 
 class Assessed(NamedTuple):

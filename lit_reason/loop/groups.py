@@ -14,18 +14,35 @@ from lit_reason.types import Completion, Prompt, RolloutGroup, Scores
 def cut(prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Scores) -> list[RolloutGroup]:
     """One group per prompt, from completions that lie group by group."""
     G = len(completions) // max(len(prompts), 1)
-    groups = []
-    for g, prompt in enumerate(prompts):
-        rows = slice(g * G, (g + 1) * G)
-        messages = {(b - rows.start, n): m for (b, n), m in scores.messages.items() if rows.start <= b < rows.stop}
-        part = replace(scores, values_BR=scores.values_BR[rows], states_BR=scores.states_BR[rows], messages=messages)
-        groups.append(RolloutGroup(prompt, completions[rows], part))
-    return groups
+    parts = apart(scores, G)
+    return [RolloutGroup(p, completions[g * G : (g + 1) * G], parts[g]) for g, p in enumerate(prompts)]
+
+
+def apart(scores: Scores, G: int) -> list[Scores]:
+    """Scores of G rows each."""
+    parts = []
+    for start in range(0, len(scores.values_BR), G):
+        rows = slice(start, start + G)
+        messages = {(b - start, n): m for (b, n), m in scores.messages.items() if start <= b < start + G}
+        parts.append(
+            replace(scores, values_BR=scores.values_BR[rows], states_BR=scores.states_BR[rows], messages=messages)
+        )
+    return parts
 
 
 def join(groups: Sequence[RolloutGroup]) -> Scores:
     """The scores of all groups' completions, in their order."""
-    parts, messages, row = [group.scores for group in groups], {}, 0
+    return together([group.scores for group in groups])
+
+
+def with_greedy(groups: Sequence[RolloutGroup]) -> Scores:
+    """Everything that was judged: `join`, then the greedy completions' scores."""
+    return together([group.scores for group in groups] + [group.greedy for group in groups if group.greedy is not None])
+
+
+def together(parts: Sequence[Scores]) -> Scores:
+    """The rows of all parts, in their order."""
+    messages, row = {}, 0
     for part in parts:
         messages |= {(row + b, name): text for (b, name), text in part.messages.items()}
         row += len(part.values_BR)
@@ -35,6 +52,5 @@ def join(groups: Sequence[RolloutGroup]) -> Scores:
 
 def greedy_rewards(groups: Sequence[RolloutGroup]) -> Tensor | None:
     """The rewards of each row's greedy completion, (B, R); None where none was generated."""
-    if any(group.greedy_R is None for group in groups):
-        return None
-    return torch.stack([group.greedy_R for group in groups for _ in group.completions if group.greedy_R is not None])
+    parts = [group.greedy for group in groups for _ in group.completions if group.greedy is not None]
+    return torch.cat([part.values_BR for part in parts]) if parts else None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lit_reason.errors import CheckpointError, ConfigError, RolloutError
 from lit_reason.loop.batching import collate, minibatches, split, take
-from lit_reason.loop.groups import cut, greedy_rewards, join
+from lit_reason.loop.groups import apart, cut, greedy_rewards, join, with_greedy
 from lit_reason.loop.metrics import Clock, advantage_metrics, round_metrics
 from lit_reason.loop.ranks import all_or_none, gather, rank_and_size, share
 from lit_reason.loop.shape import Round, RoundShape, Stages
@@ -96,7 +96,7 @@ class RolloutLoop:
         clock.lap("sync")
         groups, silent, generated = self._collect(clock)
         if self.stages.check is not None:
-            self.stages.check(join(generated))
+            self.stages.check(with_greedy(generated))
         batch = self._prepare(groups, silent)
         clock.lap("prepare")
         self._announce(groups, generated, batch, clock)
@@ -142,8 +142,8 @@ class RolloutLoop:
         clock.lap("generate")
         groups = cut(prompts, completions, self.stages.score(repeated, completions))
         if greedy is not None:
-            rewards_PR = self.stages.score(prompts, greedy).values_BR
-            groups = [replace(group, greedy_R=row) for group, row in zip(groups, rewards_PR, strict=True)]
+            judged = apart(self.stages.score(prompts, greedy), 1)
+            groups = [replace(group, greedy=one) for group, one in zip(groups, judged, strict=True)]
         clock.lap("score")
         return groups
 
@@ -228,7 +228,8 @@ class RolloutLoop:
         metrics |= round_metrics(generated) | clock.rates(generated)
         if self.shape.refills:
             metrics["rollout/refilled"] = float(len(generated) - len(groups))
-        self.on_round(Round(self._round, groups, advantages_B, metrics))
+        tokens = sum(len(c.token_ids) for group in generated for c in group.completions)
+        self.on_round(Round(self._round, groups, advantages_B, tokens, metrics))
 
     def state_dict(self) -> dict[str, Any]:
         """Integers, the cursor's integers, and the tensors of the micro-batches not yet consumed, of all processes."""

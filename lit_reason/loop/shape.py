@@ -102,9 +102,17 @@ class Stages:
 
 @dataclass(frozen=True)
 class Round:
-    """What a finished rollout tells its listeners: the groups, their advantages and the time each part took."""
+    """What a finished rollout tells its listeners.
+
+    Args:
+        groups: those that are learnt from.
+        advantages_B: mean advantage of each of their completions.
+        tokens: generated in the round, for dropped groups too.
+        metrics: rewards, lengths, and the time that each part took.
+    """
 
     index: int
     groups: Sequence[RolloutGroup]
     advantages_B: Tensor
+    tokens: int
     metrics: dict[str, float] = field(default_factory=dict)

@@ -221,7 +221,7 @@ class PolicyModule(LanguageModule):
     def on_round(self, finished: Round) -> None:
         """Keeps the round's metrics for its steps, and hands the round to every callback that wants it."""
         self._round_metrics = finished.metrics
-        self.completion_tokens += sum(len(c.token_ids) for group in finished.groups for c in group.completions)
+        self.completion_tokens += finished.tokens
         if not self.trainer.is_global_zero:  # the others have the same round
             return
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

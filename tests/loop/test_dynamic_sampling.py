@@ -73,6 +73,7 @@ def test_silent_groups_are_replaced_by_further_prompts(stub, make_loop):
     assert scripted.asked == [dealt[:2], [dealt[2]], [dealt[3]]]
     assert [g.prompt.token_ids[0] - 1 for g in seen[0].groups] == [dealt[0], dealt[3]]
     assert seen[0].metrics["rollout/refilled"] == 2
+    assert seen[0].tokens == 4 * 7, "of dropped groups too: two completions of 3 and 4 tokens each"
     assert all((b.mask_BT.sum(1) > 0).all() and b.sequences_total == 4 for b in step)
 
 
@@ -150,3 +151,12 @@ def test_the_limit_of_faults_is_the_rounds(stub, make_loop):
     loop.stages = replace(loop.stages, check=lambda scores: seen.append(len(scores.values_BR)))
     next(loop)
     assert seen == [8]
+
+
+def test_the_limit_of_faults_counts_the_greedy_completions_too(stub, make_loop):
+    """Four completions and two greedy ones, one of which the verifier could not judge."""
+    dealt, seen = order(make_loop, stub), []
+    loop = make(stub, make_loop, Scripted(set(), broken_greedy={dealt[1]}), rounds=1, greedy=True)
+    loop.stages = replace(loop.stages, check=lambda scores: seen.append(scores.valid_B.tolist()))
+    next(loop)
+    assert seen == [[True] * 5 + [False]]

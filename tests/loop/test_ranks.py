@@ -20,7 +20,7 @@ def run(devices: int, folder: Path, algorithm: str):
     out = folder / f"{devices}.pt"
     done = start(devices, out, algorithm)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=False)
+    return torch.load(out, weights_only=True)
 
 
 def test_the_number_of_processes_changes_no_gradient(tmp_path):
