@@ -56,8 +56,12 @@ class Completion:
         logprobs: the *engine's* log-probability of each token under the sampling temperature (nats).
         text: `token_ids` decoded, without the stop token.
         finish_reason: `"stop"` for a stop token, `"length"` when `max_tokens` or the context was used up.
-        version: the policy version whose weights generated it.
+        version: the policy version whose weights generated it; of several, that of its first token.
         seed: the request's counter seed; the same seed and weights give the same tokens.
+        mask: 1 for tokens that the policy wrote, 0 for those of an environment; None if it wrote all.
+        experts_SLK: int16, the experts chosen for each of the S = prompt + completion - 1 tokens that the engine read,
+            in each of L MoE layers; -1 where it does not know. None from an engine that does not tell.
+        switches: (token, version) for each change of weights while it was generated: from that token on.
     """
 
     prompt_id: str
@@ -68,6 +72,9 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
     seed: int
+    mask: tuple[int, ...] | None = None
+    experts_SLK: Tensor | None = None
+    switches: tuple[tuple[int, int], ...] = ()
 
 
 class RewardState(IntEnum):
@@ -150,6 +157,8 @@ class PolicyBatch:
         ref_logprobs_BT: the reference's (or the teacher's); None when no KL term asks for it.
         values_BT: the critic's at the round's start; returns_BT: what it should have said. None without a critic.
         marked_BT: bool, tokens that the surrogate treats apart; None where none does.
+        experts_BTLK: int16, the experts that the engine chose for each input token in each of L MoE layers, to be
+            replayed; -1 where the trainer chooses. None: it chooses everywhere.
         mismatch_kl: 0-d, KL(engine || trainer) per token over the whole round; None when old_logprobs_BT is.
         group_tokens_B: number of masked-in tokens of the sequence's whole group (prompt-mean-token-mean).
         sequences_total, tokens_total, prompts_total: float32 scalars (0-d), see above.
@@ -171,6 +180,7 @@ class PolicyBatch:
     values_BT: Tensor | None = None
     returns_BT: Tensor | None = None
     marked_BT: Tensor | None = None
+    experts_BTLK: Tensor | None = None
     mismatch_kl: Tensor | None = None
 
     def to(self, device: torch.device | str, **kwargs: Any) -> PolicyBatch:
