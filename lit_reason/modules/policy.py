@@ -215,7 +215,11 @@ class PolicyModule(LanguageModule):
     @torch.no_grad()
     def ref_logprobs(self, batch: PolicyBatch) -> Tensor:
         """The reference's log-probs, by its own routing: the experts that the policy's engine chose would make it a
-        model that nobody trained, another one for every rollout, and drift further from it as the policy learns."""
+        model that nobody trained, and more so as the policy learns.
+
+        Trap: with replay the KL of a policy to a reference of the same weights is not 0 but that of the flipped routes,
+        about `mismatch/kl` without replay.
+        """
         with self.reference.model() as model:
             return self._logprobs(model, batch)
 
