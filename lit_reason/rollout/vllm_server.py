@@ -1,0 +1,406 @@
+"""vLLM in servers that run already, on this machine or others, found by URL.
+
+    first push      ask each server what it is; wait for those that still start
+    every push      pause all, weights in (`vllm_server_push`), forget old keys and values, new version, go on
+    every round     is each one alive and holds our weights?  then deal out the requests (`vllm_server_http`)
+    proof           every server is asked
+
+`python -m lit_reason.rollout.vllm_serve FOLDER` prints the command that starts one. Importing this imports no vllm.
+Trap: the servers must run with VLLM_SERVER_DEV_MODE=1, so whoever reaches their port can change their weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.data.tokenizer import Tokenizer
+from lit_reason.errors import (
+    ConfigError,
+    EngineDiedError,
+    EngineStalledError,
+    RolloutError,
+    WeightSyncError,
+    nearest,
+)
+from lit_reason.models.export import checkpoint_tensors, write_config
+from lit_reason.rollout.engine import Held, NextToken, OnProgress
+from lit_reason.rollout.hosted import DTYPES, check_lengths
+from lit_reason.rollout.process import Deadlines
+from lit_reason.rollout.sampling import Sampling
+from lit_reason.rollout.vllm import check_sampling
+from lit_reason.rollout.vllm_server_http import Fleet, Server
+from lit_reason.rollout.vllm_server_push import Files, Nccl, Transfer
+from lit_reason.types import Completion, Prompt
+
+log = logging.getLogger(__name__)
+TRANSFERS = ("files", "nccl")
+START_S = 60.0
+_ROUTING = ("scoring_func", "topk_method")  # vLLM guesses them where config.json has none
+_NOT_SHAPE = ("max_position_embeddings", "num_nextn_predict_layers")
+
+
+class VLLMServerEngine:
+    """Servers of vLLM with the policy's weights of the last push.
+
+    Example::
+
+        engine = VLLMServerEngine(tokenizer, urls=["http://localhost:8000", "http://localhost:8001"])
+        engine.push(model, version=0)
+        completions = engine.generate(prompts, Sampling(max_tokens=32), seeds=range(len(prompts)))
+
+    Args:
+        tokenizer: for the stop tokens and the completions' text; servers see token ids only.
+        urls: one per server; each has the whole model on one device.
+        dtype: what they must compute in; None: what they do.
+        transfer: how weights reach them, "files" or "nccl" (`vllm_server_push`).
+        folder: of "files": one that trainer and servers see under this name.
+        max_parallel: the most requests that a server is given at a time.
+        deadlines: seconds by name. start: until all servers answer; generate: without a token; push: of each step of
+            a push, the whole transfer being one.
+
+    Raises:
+        ConfigError: a setting is wrong, or (by the first push) a server, and what to type.
+    """
+
+    in_flight = True
+    shares_weights = False
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        urls: Sequence[str] = ("http://localhost:8000",),
+        dtype: str | None = None,
+        transfer: str = "files",
+        folder: str = "/dev/shm",
+        max_parallel: int = 256,
+        deadlines: Mapping[str, float] | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(DTYPES)}")
+        if transfer not in TRANSFERS:
+            raise ConfigError(f"rollout.engine.transfer={transfer!r}: {nearest(transfer, TRANSFERS)}")
+        if isinstance(urls, str) or not urls or not all(url.startswith(("http://", "https://")) for url in urls):
+            raise ConfigError(
+                f"rollout.engine.urls={urls!r}: a list of URLs. Type rollout.engine.urls=[http://localhost:8000]"
+            )
+        if unknown := set(deadlines or {}) - set(Deadlines.__dataclass_fields__):
+            raise ConfigError(f"rollout.engine.deadlines: {nearest(min(unknown), Deadlines.__dataclass_fields__)}")
+        self.tokenizer = tokenizer
+        self.deadlines = Deadlines(**{"start": START_S, **(deadlines or {})})
+        self.fleet = Fleet(urls, max_parallel)
+        self._asked_dtype, self._transfer_name = dtype, transfer
+        self._transfer: Transfer | None = Files(folder) if transfer == "files" else None
+        self._facts: dict[str, Any] = {}
+        self._run = secrets.token_hex(4)  # tells our weights from those of another run on the same servers
+        self._version = -1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self._known()["dtype"]]
+
+    @property
+    def prefix_block(self) -> int:
+        return self._known()["block"]
+
+    def version(self) -> int:
+        return self._version
+
+    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return checkpoint_tensors(model, self.dtype)
+
+    def push(self, model: nn.Module, version: int) -> None:
+        self._check_model(model)
+        if self._transfer is None:
+            self._transfer = Nccl(next(model.parameters()).device)
+        self.fleet.run(lambda _: self._push(model, version))
+        self._version = version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        sample_idx: Sequence[int] | None = None,
+        progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        check_sampling(sampling)
+        if len(seeds) != len(prompts):
+            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+        if self._version < 0:
+            raise RolloutError("the engine has no weights yet: call engine.push(model, version) first")
+        context = self._known()["context"]
+        check_lengths(prompts, context)
+        bodies = [
+            _body(
+                prompt.token_ids,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                max_tokens=min(sampling.max_tokens, context - len(prompt.token_ids)),
+                seed=seed,
+                logprobs=0,
+                stop_token_ids=list(self.tokenizer.stop_ids),
+                ignore_eos=True,  # of config.json; the tokenizer's are in stop_token_ids
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(prompt.token_ids, []).append(i)
+        mode = "raw_logprobs" if sampling.temperature in (0.0, 1.0) else "processed_logprobs"  # as VLLMHost says
+        found = self.fleet.run(lambda say: self._round(bodies, list(groups.values()), mode, say), progress)
+        sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
+        return [
+            self._completion(prompt, idx, seed, one["choices"][0])
+            for prompt, idx, seed, one in zip(prompts, sample_idx, seeds, found, strict=True)
+        ]
+
+    def held(self) -> Mapping[str, Held]:
+        """What all servers hold; a tensor in which they differ once for each, under its name, "at" and the URL."""
+        answers = self.fleet.run(lambda _: self._each("lit_held"))
+        by_url = {
+            server.url: {
+                name: Held(dtype, tuple(shape), digest) for name, (dtype, shape, digest) in said["held"].items()
+            }
+            for server, said in answers.items()
+        }
+        first = next(iter(by_url.values()))
+        found: dict[str, Held] = {}
+        for url, held in by_url.items():
+            if uneven := sorted(held.keys() ^ first.keys()):
+                raise WeightSyncError(f"{url} and {next(iter(by_url))} do not have the same tensors: {uneven[:8]}")
+        for name, one in first.items():
+            same = all(held[name] == one for held in by_url.values())
+            found |= {name: one} if same else {f"{name} at {url}": held[name] for url, held in by_url.items()}
+        return found
+
+    def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
+        """Every server is asked for all; the i-th answer is that of the i-th server, in turn.
+
+        Raises:
+            WeightSyncError: only some of them took a prompt from their cache.
+        """
+        bodies = [_body(ids, temperature=0.0, max_tokens=1, logprobs=top, ignore_eos=True) for ids in prompts]
+        answers = list(self.fleet.run(lambda _: self._probe(bodies)).items())
+        found = []
+        for i in range(len(prompts)):
+            cached = {server.url: _cached(server.url, said[i]) for server, said in answers}
+            if len({count > 0 for count in cached.values()}) > 1:
+                raise WeightSyncError(f"of a canary the servers took from their prefix caches, in tokens: {cached}")
+            (said,) = answers[i % len(answers)][1][i]["choices"][0]["logprobs"]["content"]
+            logprobs = {one["token_id"]: one["logprob"] for one in said["top_logprobs"]}
+            found.append(NextToken(logprobs, max(cached.values())))
+        return found
+
+    def close(self) -> None:
+        """Leaves the servers as they are."""
+        self.fleet.close()
+
+    def _known(self) -> dict[str, Any]:
+        """What the servers said of themselves, asked once."""
+        if not self._facts:
+            self._facts = self.fleet.run(lambda _: self._meet())
+        return self._facts
+
+    async def _meet(self) -> dict[str, Any]:
+        until = time.monotonic() + self.deadlines.start
+        facts = await asyncio.gather(*(self._ask_facts(server, until) for server in self.fleet.servers))
+        for server, one in zip(self.fleet.servers, facts, strict=True):
+            server.facts = one
+            if one["workers"] != 1:
+                raise ConfigError(
+                    f"{server.url} has {one['workers']} workers, whose weights cannot be proven: start one server per "
+                    "device, without --tensor-parallel-size and the like, and name them all in rollout.engine.urls"
+                )
+            if self._asked_dtype not in (None, one["dtype"]):
+                raise ConfigError(
+                    f"{server.url} computes in {one['dtype']}, rollout.engine.dtype={self._asked_dtype}: start it with "
+                    f"--dtype {self._asked_dtype}, or leave rollout.engine.dtype out"
+                )
+            if one != facts[0]:
+                uneven = {key: (facts[0][key], one[key]) for key in one if facts[0][key] != one[key]}
+                raise ConfigError(f"{self.fleet.servers[0].url} and {server.url} are not alike: {uneven}")
+        return facts[0]
+
+    async def _ask_facts(self, server: Server, until: float) -> dict[str, Any]:
+        """Waits for a server that still starts; ConfigError says what is wrong with one that cannot be used."""
+        how = "`python -m lit_reason.rollout.vllm_serve FOLDER` prints the command that starts one"
+        waits = False
+        while True:
+            try:
+                await self.fleet.ask(server, "GET", "/health", self.deadlines.push)
+                break
+            except EngineDiedError as error:
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"no vLLM server at {server.url} within {self.deadlines.start:g} s ({error}). {how}; or type "
+                        "where it is: rollout.engine.urls=[http://localhost:8000]"
+                    ) from error
+                if not waits:
+                    log.warning("waiting for %s, at most %g s", server.url, self.deadlines.start)
+                waits = True
+                await asyncio.sleep(0.5)
+        try:
+            facts = await self.fleet.call(server, "lit_facts", within_s=self.deadlines.push)
+            await self.fleet.tokens(server, self.deadlines.push)
+            openapi = await self.fleet.ask(server, "GET", "/openapi.json", self.deadlines.push)
+        except (RolloutError, EngineDiedError) as error:
+            raise ConfigError(
+                f"{server.url} is no server that a trainer can use: it needs VLLM_SERVER_DEV_MODE=1 and "
+                f"--worker-extension-cls, among others. {how}. It said: {error}"
+            ) from error
+        if "/inference/v1/generate" not in openapi["paths"]:
+            raise ConfigError(f"{server.url} does not take token ids: start it with --enable-scale-out. {how}")
+        return facts
+
+    def _check_model(self, model: nn.Module) -> None:
+        """ConfigError if the servers were started for a model of another shape: pushing ends them."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_config(model, Path(folder), self.dtype)
+            ours = json.loads((Path(folder) / "config.json").read_text())
+        theirs = self._known()["config"]
+        uneven = {
+            key: (theirs.get(key), value)
+            for key, value in ours.items()
+            if key in _ROUTING
+            or (key in theirs and isinstance(value, int) and key not in _NOT_SHAPE and not key.endswith("_token_id"))
+            if theirs.get(key) != value
+        }
+        if uneven:
+            raise ConfigError(
+                f"the servers run another model than the policy (theirs, ours): {uneven}. Start them with the policy's "
+                "own folder: lit-reason-zoo export NAME --to FOLDER"
+            )
+
+    async def _push(self, model: nn.Module, version: int) -> None:
+        async with self.fleet.changing:
+            await self._welcome_back()
+            servers, within_s = self.fleet.alive, self.deadlines.push
+
+            async def call(method: str, args: Any) -> None:
+                rank = {server: i for i, server in enumerate(servers)}
+                await self._all(lambda s: self.fleet.call(s, method, *args(rank[s]), within_s=within_s), version)
+
+            async def post(path: str, **request: Any) -> None:
+                await self._all(lambda s: self.fleet.ask(s, "POST", path, within_s, **request), version)
+
+            assert self._transfer is not None
+            await post("/pause", params={"mode": "keep", "clear_cache": "false"})
+            await self._transfer.send(lambda: self.export(model), [server.url for server in servers], call)
+            await self._all(self._flush, version)
+            await post("/update_weight_version", json={"new_version": f"{self._run}/{version}"})
+            await post("/resume")
+
+    async def _flush(self, server: Server) -> None:
+        params = {"reset_running_requests": "true"}
+        said = await self.fleet.ask(server, "POST", "/reset_prefix_cache", self.deadlines.push, params=params)
+        if not said["success"]:
+            raise RolloutError("did not reset its prefix cache: it would go on with keys and values of old weights")
+
+    async def _all(self, work: Any, version: int) -> None:
+        """`work` on every server; of a push: what fails on one of them fails."""
+        for server, result in (await self.fleet.each(work)).items():
+            if isinstance(result, Exception):
+                self._version = -1
+                server.lose(result)  # it may hold half of them
+                if isinstance(result, EngineStalledError):
+                    raise result
+                raise WeightSyncError(
+                    f"{server.url} did not take the weights of version {version}: {result}"
+                ) from result
+
+    async def _welcome_back(self) -> None:
+        """Lost servers that answer again, for they are about to get the weights; who dies now is lost."""
+        for server in self.fleet.servers:
+            try:
+                facts = await self.fleet.call(server, "lit_facts", within_s=min(10.0, self.deadlines.push))
+            except (EngineDiedError, EngineStalledError) as error:
+                if not server.lost:
+                    server.lose(error)
+                continue
+            if server.lost and facts == server.facts:
+                log.warning("%s is back", server.url)
+                server.lost = ""
+
+    async def _round(self, bodies: list[dict[str, Any]], groups: list[list[int]], mode: str, say: OnProgress) -> Any:
+        async with self.fleet.changing:
+            ready = await self.fleet.each(lambda server: self._ready(server, mode))
+            for server, error in ready.items():
+                if isinstance(error, Exception):
+                    server.lose(error)
+        return await self.fleet.round(bodies, groups, self.deadlines.generate, say)
+
+    async def _ready(self, server: Server, mode: str) -> None:
+        """Is it alive, does it hold the weights of our last push?"""
+        said = await self.fleet.ask(server, "GET", "/weight_info", self.deadlines.generate)
+        if said["weight_version"] != f"{self._run}/{self._version}":
+            raise EngineDiedError(
+                f"holds weights {said['weight_version']!r} instead of {self._run}/{self._version}: it was restarted, "
+                "or another trainer uses it"
+            )
+        await self.fleet.call(server, "lit_logprobs", mode, within_s=self.deadlines.generate)
+
+    async def _each(self, method: str) -> dict[Server, Any]:
+        answers = await self.fleet.each(lambda s: self.fleet.call(s, method, within_s=self.deadlines.push))
+        return {server: _unless_error(answer) for server, answer in answers.items()}
+
+    async def _probe(self, bodies: Sequence[dict[str, Any]]) -> dict[Server, list[dict[str, Any]]]:
+        async def ask(server: Server) -> list[dict[str, Any]]:
+            path, within_s = "/inference/v1/generate", self.deadlines.push
+            return await asyncio.gather(*(self.fleet.ask(server, "POST", path, within_s, json=body) for body in bodies))
+
+        answers = await self.fleet.each(ask)
+        return {server: _unless_error(answer) for server, answer in answers.items()}
+
+    def _completion(self, prompt: Prompt, idx: int, seed: int, choice: Mapping[str, Any]) -> Completion:
+        ids = tuple(choice["token_ids"])
+        stopped = choice["finish_reason"] == "stop"
+        logprobs = tuple(one["logprob"] for one in choice["logprobs"]["content"])
+        spans = [(span["start"], self._ours(span["version"])) for span in choice["weight_versions"]]
+        return Completion(
+            prompt.id,
+            idx,
+            ids,
+            logprobs,
+            self.tokenizer.decode(list(ids[:-1] if stopped else ids)),
+            "stop" if stopped else "length",
+            spans[0][1],
+            seed,
+            switches=tuple(spans[1:]),
+        )
+
+    def _ours(self, tag: str) -> int:
+        run, _, version = tag.partition("/")
+        if run != self._run:
+            raise WeightSyncError(f"a server generated with weights {tag!r}, which are not of this run ({self._run})")
+        return int(version)
+
+
+def _body(ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
+    return {"token_ids": list(ids), "sampling_params": {**sampling, "detokenize": False}}
+
+
+def _cached(url: str, answer: Mapping[str, Any]) -> int:
+    details = answer["usage"].get("prompt_tokens_details")
+    if details is None:
+        raise ConfigError(
+            f"{url} does not say what it took from its cache: start it with --enable-prompt-tokens-details"
+        )
+    return details["cached_tokens"] or 0
+
+
+def _unless_error(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
