@@ -4,5 +4,15 @@ from lit_reason.rollout.builtin import BuiltinEngine
 from lit_reason.rollout.engine import Engine, Progress, Provable
 from lit_reason.rollout.sampling import Sampling, request_seed
 from lit_reason.rollout.vllm import VLLMEngine
+from lit_reason.rollout.vllm_server import VLLMServerEngine
 
-__all__ = ["BuiltinEngine", "Engine", "Progress", "Provable", "Sampling", "VLLMEngine", "request_seed"]
+__all__ = [
+    "BuiltinEngine",
+    "Engine",
+    "Progress",
+    "Provable",
+    "Sampling",
+    "VLLMEngine",
+    "VLLMServerEngine",
+    "request_seed",
+]

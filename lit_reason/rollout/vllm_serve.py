@@ -81,9 +81,11 @@ def serve_command(
     if missing := {k: v for k, v in ROUTING.get(config["model_type"], {}).items() if not config.get(k)}:
         settings["hf_overrides"] = missing
     variables = environment(at, latent, threads) | {"VLLM_SERVER_DEV_MODE": "1"}
-    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if at.type == "cpu":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every server of a machine takes the same cores
+        settings["distributed_executor_backend"] = "uni"  # one process and its start-up less
+    else:
+        del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
     return [*_program(), "--model", str(folder), *_flags(settings | dict(options or {}))], variables
 
 

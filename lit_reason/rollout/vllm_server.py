@@ -12,13 +12,9 @@ Trap: the servers must run with VLLM_SERVER_DEV_MODE=1, so whoever reaches their
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,21 +29,20 @@ from lit_reason.errors import (
     WeightSyncError,
     nearest,
 )
-from lit_reason.models.export import checkpoint_tensors, write_config
+from lit_reason.models.export import checkpoint_tensors
 from lit_reason.rollout.engine import Held, NextToken, OnProgress
-from lit_reason.rollout.hosted import DTYPES, check_lengths
+from lit_reason.rollout.hosted import DTYPES, check_lengths, throttled
 from lit_reason.rollout.process import Deadlines
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.vllm import check_sampling
+from lit_reason.rollout.vllm_server_facts import check_model, meet
 from lit_reason.rollout.vllm_server_http import Fleet, Server
 from lit_reason.rollout.vllm_server_push import Files, Nccl, Transfer
 from lit_reason.types import Completion, Prompt
 
 log = logging.getLogger(__name__)
 TRANSFERS = ("files", "nccl")
-START_S = 60.0
-_ROUTING = ("scoring_func", "topk_method")  # vLLM guesses them where config.json has none
-_NOT_SHAPE = ("max_position_embeddings", "num_nextn_predict_layers")
+START_S = 120.0
 
 
 class VLLMServerEngine:
@@ -90,17 +85,19 @@ class VLLMServerEngine:
             raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(DTYPES)}")
         if transfer not in TRANSFERS:
             raise ConfigError(f"rollout.engine.transfer={transfer!r}: {nearest(transfer, TRANSFERS)}")
-        if isinstance(urls, str) or not urls or not all(url.startswith(("http://", "https://")) for url in urls):
+        whole = not isinstance(urls, str) and all(url.startswith(("http://", "https://")) for url in urls)
+        if not (urls and whole and len(set(urls)) == len(urls)):
             raise ConfigError(
-                f"rollout.engine.urls={urls!r}: a list of URLs. Type rollout.engine.urls=[http://localhost:8000]"
+                f"rollout.engine.urls={urls!r}: a list of URLs, none of them twice. Type "
+                "rollout.engine.urls=[http://localhost:8000]"
             )
         if unknown := set(deadlines or {}) - set(Deadlines.__dataclass_fields__):
             raise ConfigError(f"rollout.engine.deadlines: {nearest(min(unknown), Deadlines.__dataclass_fields__)}")
         self.tokenizer = tokenizer
         self.deadlines = Deadlines(**{"start": START_S, **(deadlines or {})})
-        self.fleet = Fleet(urls, max_parallel)
-        self._asked_dtype, self._transfer_name = dtype, transfer
+        self._asked_dtype = dtype
         self._transfer: Transfer | None = Files(folder) if transfer == "files" else None
+        self.fleet = Fleet(urls, max_parallel)
         self._facts: dict[str, Any] = {}
         self._run = secrets.token_hex(4)  # tells our weights from those of another run on the same servers
         self._version = -1
@@ -109,7 +106,6 @@ class VLLMServerEngine:
     def dtype(self) -> torch.dtype:
         return DTYPES[self._known()["dtype"]]
 
-    @property
     def prefix_block(self) -> int:
         return self._known()["block"]
 
@@ -120,11 +116,10 @@ class VLLMServerEngine:
         return checkpoint_tensors(model, self.dtype)
 
     def push(self, model: nn.Module, version: int) -> None:
-        self._check_model(model)
+        check_model(model, self.dtype, self._known()["config"])
         if self._transfer is None:
             self._transfer = Nccl(next(model.parameters()).device)
         self.fleet.run(lambda _: self._push(model, version))
-        self._version = version
 
     def generate(
         self,
@@ -159,7 +154,7 @@ class VLLMServerEngine:
         for i, prompt in enumerate(prompts):
             groups.setdefault(prompt.token_ids, []).append(i)
         mode = "raw_logprobs" if sampling.temperature in (0.0, 1.0) else "processed_logprobs"  # as VLLMHost says
-        found = self.fleet.run(lambda say: self._round(bodies, list(groups.values()), mode, say), progress)
+        found = self.fleet.run(lambda say: self._round(bodies, list(groups.values()), mode, say), throttled(progress))
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
         return [
             self._completion(prompt, idx, seed, one["choices"][0])
@@ -210,78 +205,8 @@ class VLLMServerEngine:
     def _known(self) -> dict[str, Any]:
         """What the servers said of themselves, asked once."""
         if not self._facts:
-            self._facts = self.fleet.run(lambda _: self._meet())
+            self._facts = self.fleet.run(lambda _: meet(self.fleet, self.deadlines, self._asked_dtype))
         return self._facts
-
-    async def _meet(self) -> dict[str, Any]:
-        until = time.monotonic() + self.deadlines.start
-        facts = await asyncio.gather(*(self._ask_facts(server, until) for server in self.fleet.servers))
-        for server, one in zip(self.fleet.servers, facts, strict=True):
-            server.facts = one
-            if one["workers"] != 1:
-                raise ConfigError(
-                    f"{server.url} has {one['workers']} workers, whose weights cannot be proven: start one server per "
-                    "device, without --tensor-parallel-size and the like, and name them all in rollout.engine.urls"
-                )
-            if self._asked_dtype not in (None, one["dtype"]):
-                raise ConfigError(
-                    f"{server.url} computes in {one['dtype']}, rollout.engine.dtype={self._asked_dtype}: start it with "
-                    f"--dtype {self._asked_dtype}, or leave rollout.engine.dtype out"
-                )
-            if one != facts[0]:
-                uneven = {key: (facts[0][key], one[key]) for key in one if facts[0][key] != one[key]}
-                raise ConfigError(f"{self.fleet.servers[0].url} and {server.url} are not alike: {uneven}")
-        return facts[0]
-
-    async def _ask_facts(self, server: Server, until: float) -> dict[str, Any]:
-        """Waits for a server that still starts; ConfigError says what is wrong with one that cannot be used."""
-        how = "`python -m lit_reason.rollout.vllm_serve FOLDER` prints the command that starts one"
-        waits = False
-        while True:
-            try:
-                await self.fleet.ask(server, "GET", "/health", self.deadlines.push)
-                break
-            except EngineDiedError as error:
-                if time.monotonic() > until:
-                    raise ConfigError(
-                        f"no vLLM server at {server.url} within {self.deadlines.start:g} s ({error}). {how}; or type "
-                        "where it is: rollout.engine.urls=[http://localhost:8000]"
-                    ) from error
-                if not waits:
-                    log.warning("waiting for %s, at most %g s", server.url, self.deadlines.start)
-                waits = True
-                await asyncio.sleep(0.5)
-        try:
-            facts = await self.fleet.call(server, "lit_facts", within_s=self.deadlines.push)
-            await self.fleet.tokens(server, self.deadlines.push)
-            openapi = await self.fleet.ask(server, "GET", "/openapi.json", self.deadlines.push)
-        except (RolloutError, EngineDiedError) as error:
-            raise ConfigError(
-                f"{server.url} is no server that a trainer can use: it needs VLLM_SERVER_DEV_MODE=1 and "
-                f"--worker-extension-cls, among others. {how}. It said: {error}"
-            ) from error
-        if "/inference/v1/generate" not in openapi["paths"]:
-            raise ConfigError(f"{server.url} does not take token ids: start it with --enable-scale-out. {how}")
-        return facts
-
-    def _check_model(self, model: nn.Module) -> None:
-        """ConfigError if the servers were started for a model of another shape: pushing ends them."""
-        with tempfile.TemporaryDirectory() as folder:
-            write_config(model, Path(folder), self.dtype)
-            ours = json.loads((Path(folder) / "config.json").read_text())
-        theirs = self._known()["config"]
-        uneven = {
-            key: (theirs.get(key), value)
-            for key, value in ours.items()
-            if key in _ROUTING
-            or (key in theirs and isinstance(value, int) and key not in _NOT_SHAPE and not key.endswith("_token_id"))
-            if theirs.get(key) != value
-        }
-        if uneven:
-            raise ConfigError(
-                f"the servers run another model than the policy (theirs, ours): {uneven}. Start them with the policy's "
-                "own folder: lit-reason-zoo export NAME --to FOLDER"
-            )
 
     async def _push(self, model: nn.Module, version: int) -> None:
         async with self.fleet.changing:
@@ -301,6 +226,7 @@ class VLLMServerEngine:
             await self._all(self._flush, version)
             await post("/update_weight_version", json={"new_version": f"{self._run}/{version}"})
             await post("/resume")
+            self._version = version
 
     async def _flush(self, server: Server) -> None:
         params = {"reset_running_requests": "true"}
@@ -352,18 +278,31 @@ class VLLMServerEngine:
         await self.fleet.call(server, "lit_logprobs", mode, within_s=self.deadlines.generate)
 
     async def _each(self, method: str) -> dict[Server, Any]:
-        answers = await self.fleet.each(lambda s: self.fleet.call(s, method, within_s=self.deadlines.push))
-        return {server: _unless_error(answer) for server, answer in answers.items()}
+        return self._survivors(
+            await self.fleet.each(lambda s: self.fleet.call(s, method, within_s=self.deadlines.push))
+        )
 
     async def _probe(self, bodies: Sequence[dict[str, Any]]) -> dict[Server, list[dict[str, Any]]]:
         async def ask(server: Server) -> list[dict[str, Any]]:
             path, within_s = "/inference/v1/generate", self.deadlines.push
             return await asyncio.gather(*(self.fleet.ask(server, "POST", path, within_s, json=body) for body in bodies))
 
-        answers = await self.fleet.each(ask)
-        return {server: _unless_error(answer) for server, answer in answers.items()}
+        return self._survivors(await self.fleet.each(ask))
+
+    def _survivors(self, answers: Mapping[Server, Any]) -> dict[Server, Any]:
+        """The answers of those that did not die over the question; raises any other error, or if none is left."""
+        for server, answer in answers.items():
+            if isinstance(answer, EngineDiedError | EngineStalledError):
+                server.lose(answer)
+            elif isinstance(answer, Exception):
+                raise answer
+        return {server: answers[server] for server in self.fleet.alive if server in answers}
 
     def _completion(self, prompt: Prompt, idx: int, seed: int, choice: Mapping[str, Any]) -> Completion:
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise RolloutError(
+                f"a server ended a completion by {choice['finish_reason']!r}: does something else use it?"
+            )
         ids = tuple(choice["token_ids"])
         stopped = choice["finish_reason"] == "stop"
         logprobs = tuple(one["logprob"] for one in choice["logprobs"]["content"])
@@ -398,9 +337,3 @@ def _cached(url: str, answer: Mapping[str, Any]) -> int:
             f"{url} does not say what it took from its cache: start it with --enable-prompt-tokens-details"
         )
     return details["cached_tokens"] or 0
-
-
-def _unless_error(answer: Any) -> Any:
-    if isinstance(answer, Exception):
-        raise answer
-    return answer

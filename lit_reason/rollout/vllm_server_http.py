@@ -118,7 +118,8 @@ class Fleet:
             raise EngineDiedError(f"{server.url}{path}: {type(error).__name__} {error}") from error
         if answer.status_code >= 400:
             kind = EngineDiedError if answer.status_code >= 500 else RolloutError
-            raise kind(f"{server.url}{path} answered {answer.status_code}: {answer.text[-2000:]}")
+            text = " ".join(answer.text.split())[-1000:]
+            raise kind(f"{server.url}{path} answered {answer.status_code}: {text}")
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
     async def call(self, server: Server, method: str, *args: Any, within_s: float) -> dict[str, Any]:

@@ -11,16 +11,19 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, WeightSyncError
 from lit_reason.rollout.process import BUCKET, buckets
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -47,7 +50,12 @@ class Files:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid()), dir=self.folder))
         try:
             folder.chmod(0o755)  # the servers may be another user's
-            files = await asyncio.to_thread(_written, tensors, folder)
+            try:
+                files = await asyncio.to_thread(_written, tensors, folder)
+            except (OSError, SafetensorError) as error:
+                raise WeightSyncError(
+                    f"the weights could not be written to {self.folder}: {error}. If it is full: rollout.engine.folder"
+                ) from error
             await call("lit_load_files", lambda _: [str(folder), files])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,14 +93,13 @@ class Nccl:
         if tuple(urls) != self._members:
             await self._join(urls, call)
         table = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors()]
-        sent = asyncio.to_thread(self._broadcast, tensors)
-        await asyncio.gather(call("lit_load_nccl", lambda _: [table]), sent)
+        await asyncio.gather(call("lit_load_nccl", lambda _: [table]), _aside(self._broadcast, tensors))
 
     async def _join(self, urls: Sequence[str], call: Call) -> None:
         from lit_reason.rollout.vllm_extension import communicator
 
         address, port, world = _address(urls[0]), _free_port(), len(urls) + 1
-        mine = asyncio.to_thread(communicator, address, port, 0, world, self.device)
+        mine = _aside(communicator, address, port, 0, world, self.device)
         _, self._group = await asyncio.gather(call("lit_join", lambda i: [address, port, i + 1, world]), mine)
         self._members = tuple(urls)
 
@@ -101,6 +108,20 @@ class Nccl:
             for _, tensor in tensors():
                 self._group.broadcast(tensor.contiguous(), src=0, stream=torch.cuda.current_stream())
             torch.cuda.synchronize()
+
+
+async def _aside(work: Callable[..., Any], *args: Any) -> Any:
+    """In a thread that nobody waits for at the end: NCCL never returns when a server is gone."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _address(url: str) -> str:
