@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -85,7 +86,7 @@ class VLLMServerEngine:
             raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(DTYPES)}")
         if transfer not in TRANSFERS:
             raise ConfigError(f"rollout.engine.transfer={transfer!r}: {nearest(transfer, TRANSFERS)}")
-        whole = not isinstance(urls, str) and all(url.startswith(("http://", "https://")) for url in urls)
+        whole = not isinstance(urls, str) and all(re.match("https?://.", url) for url in urls)
         if not (urls and whole and len(set(urls)) == len(urls)):
             raise ConfigError(
                 f"rollout.engine.urls={urls!r}: a list of URLs, none of them twice. Type "
