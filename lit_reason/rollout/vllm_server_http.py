@@ -27,6 +27,7 @@ from lit_reason.errors import EngineDiedError, EngineStalledError, RolloutError
 from lit_reason.rollout.engine import OnProgress, Progress
 
 log = logging.getLogger(__name__)
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request, thousands a round
 T = TypeVar("T")
 _CONNECT_S = 5.0
 _COUNTERS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
