@@ -62,6 +62,7 @@ class Completion:
         experts_SLK: int16, the experts chosen for each of the S = prompt + completion - 1 tokens that the engine read,
             in each of L MoE layers; -1 where it does not know. None from an engine that does not tell.
         switches: (token, version) for each change of weights while it was generated: from that token on.
+        fault: why its environment failed, `""` if it did not; a completion with a fault is never scored.
     """
 
     prompt_id: str
@@ -75,6 +76,7 @@ class Completion:
     mask: tuple[int, ...] | None = None
     experts_SLK: Tensor | None = None
     switches: tuple[tuple[int, int], ...] = ()
+    fault: str = ""
 
 
 class RewardState(IntEnum):

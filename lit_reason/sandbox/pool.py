@@ -24,6 +24,7 @@ from lit_reason.types import RewardState
 CHUNK = 32
 Items = list[tuple[int, Mapping[str, Any]]]
 REASONING_GYM = Path(__file__).with_name("reasoning_gym_scorer.py")
+PYTHON = Path(__file__).with_name("python_runner.py")
 
 
 @dataclass
@@ -39,7 +40,7 @@ class _Round:
         """Items whose worker failed are each tried once more, alone, so that only the guilty one is charged."""
         for index, payload in reversed(items):
             if index in self.suspects:
-                self.verdicts[index] = Verdict(state, message=message)
+                self.verdicts[index] = Verdict(state, message=message, broken=True)
             else:
                 self.suspects.add(index)
                 self.waiting.appendleft([(index, payload)])
@@ -57,7 +58,9 @@ class Sandbox:
     Args:
         scorer: a Python file with `prepare(payload)` and `is_prepared(payload)` (in the worker, before the fork: they
             must not touch model text), `score(payload) -> float` (in the confined child) and, optionally,
-            `shareable(payload)`: may share its child with others. Default: reasoning-gym's own scorers.
+            `shareable(payload)`: may share its child with others; `TEXTS = True`: `score` returns text, of which the
+            first 2900 bytes come back; `READABLE`: the only folders whose files may be opened. Default:
+            reasoning-gym's own scorers.
         timeout_s: wall-clock seconds for one payload; beyond it the verdict is TIMEOUT.
         workers: processes that score side by side.
         memory_mb: address space of one child.
