@@ -26,7 +26,7 @@ def check(cfg: DictConfig) -> None:
     check_count(cfg, "n", least=1)
     check_count(cfg, "k", least=0)
     check_device(cfg)
-    check_config(OmegaConf.masked_copy(cfg, ["data", "reward", "rubric", "rollout"]), cfg.allow_targets)
+    check_config(OmegaConf.masked_copy(cfg, ["data", "reward", "rubric", "rollout", "environment"]), cfg.allow_targets)
 
 
 def run(cfg: DictConfig) -> EvalReport:

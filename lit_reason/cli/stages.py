@@ -29,6 +29,7 @@ from lit_reason.cli.values import HANDED_IN
 from lit_reason.config.parameters import with_defaults
 from lit_reason.config.resolve import to_plain
 from lit_reason.data import PromptCursor, PromptData, Tokenizer, load_tokenizer
+from lit_reason.environments import EnvironmentEngine
 from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
 from lit_reason.loop import RolloutLoop
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 # What decides a model's numbers, for its card; paths and callbacks do not.
 RECIPE = (
     *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rubric", "rollout", "algorithm"),
-    *("reference", "adapter", "optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
+    *("environment", "reference", "adapter", "optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
 )
 
 # What an evaluation takes over from `rubric`: all but the transforms, since it reports what the verifiers said.
@@ -227,7 +228,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    engine = make_engine(cfg, data)
     rubric = build(cfg, "rubric", rewards=build(cfg, "reward"))()
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
@@ -281,6 +282,14 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     return finish(cfg, trainer, model, data, weights)
 
 
+def make_engine(cfg: DictConfig, data: PromptData) -> Engine:
+    """The rollout engine, playing in the environment if there is one."""
+    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    if not cfg.environment:
+        return engine
+    return EnvironmentEngine(engine, build(cfg, "environment"), data.tokenizer, data.chat)
+
+
 def check_context(data: PromptData, model: Transformer | HFModel) -> None:
     """Refuses, before anything is generated, a prompt that leaves no room for an answer."""
     longest = max(data.prompts("all"), key=lambda prompt: len(prompt.token_ids))
@@ -294,7 +303,7 @@ def check_context(data: PromptData, model: Transformer | HFModel) -> None:
 
 def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device) -> EvalReport:
     """Verified rewards and the format-blind answer, on held-out problems. Leaves the model on `device`."""
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    engine = make_engine(cfg, data)
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
     rewards.setdefault("answer", AnswerExact(weight=0.0))

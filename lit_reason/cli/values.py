@@ -69,6 +69,8 @@ def check_values(cfg: DictConfig, stage: str) -> None:
     if stage != "pretrain":
         _check_rewards(cfg)
         _check_engine(cfg)
+        if cfg.environment:
+            checked_build(cfg, "environment")
         if cfg.adapter:
             checked_build(cfg, "adapter")
     if stage == "rl":

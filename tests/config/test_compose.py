@@ -28,7 +28,7 @@ TREES = [{g: options(g)[i % len(options(g))] for g in GROUPS} for i in range(max
 
 def test_every_group_of_the_design_is_there():
     names = "model data reward rollout algorithm optimizer kernels trainer callbacks logger experiment hparams_search"
-    names += " reference adapter"
+    names += " reference adapter environment"
     assert sorted(f"{names} debug paths extras hydra".split()) == GROUPS
 
 
