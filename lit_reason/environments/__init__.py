@@ -11,6 +11,7 @@ from lit_reason.environments.calculator import Calculator, calculate
 from lit_reason.environments.engine import EnvironmentEngine
 from lit_reason.environments.python import Python
 from lit_reason.environments.tools import Tool, ToolFault, Tools
+from lit_reason.environments.verifiers_env import Verifiers, VerifiersPrompts
 
 __all__ = [
     "Calculator",
@@ -22,5 +23,7 @@ __all__ = [
     "ToolFault",
     "Tools",
     "Turn",
+    "Verifiers",
+    "VerifiersPrompts",
     "calculate",
 ]

@@ -103,7 +103,7 @@ class Episode:
 
     def completion(self, tokenizer: Tokenizer) -> Completion:
         """The whole as one completion."""
-        stopped = self.finish == "stop" and self.ids[-1] in tokenizer.stop_ids
+        stopped = self.ids[-1] in tokenizer.stop_ids
         switches = [new for old, new in zip(self.versions, self.versions[1:], strict=False) if old[1] != new[1]]
         return Completion(
             prompt_id=self.prompt.id,
