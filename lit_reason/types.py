@@ -55,7 +55,8 @@ class Completion:
         token_ids: what was generated, the stop token included when `finish_reason == "stop"`.
         logprobs: the *engine's* log-probability of each token under the sampling temperature (nats).
         text: `token_ids` decoded, without the stop token.
-        finish_reason: `"stop"` for a stop token, `"length"` when `max_tokens` or the context was used up.
+        finish_reason: `"stop"` for a stop token, or where an environment ended it; `"length"` when `max_tokens`, the
+            context or an environment's number of turns was used up.
         version: the policy version whose weights generated it; of several, that of its first token.
         seed: the request's counter seed; the same seed and weights give the same tokens.
         mask: 1 for tokens that the policy wrote, 0 for those of an environment; None if it wrote all.

@@ -28,20 +28,20 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"n={cfg.n} greedy completions are all the same. Type rollout.sampling.temperature=1")
     if not questions(cfg):
         raise ConfigError("prompt is empty. Type 'prompt=\"What is 12 + 30?\"'")
-    check_config(OmegaConf.masked_copy(cfg, ["rollout"]), cfg.allow_targets)
+    check_config(OmegaConf.masked_copy(cfg, ["rollout", "environment"]), cfg.allow_targets)
 
 
 def run(cfg: DictConfig) -> list[Completion]:
     """Generate and print, question by question."""
     from lit_reason.cli.build import build
-    from lit_reason.cli.stages import load_checkpoint
+    from lit_reason.cli.stages import load_checkpoint, make_engine
     from lit_reason.data import default_chat, prompt_id
     from lit_reason.rollout import request_seed
     from lit_reason.types import Prompt
 
     model, tokenizer = load_checkpoint(cfg.checkpoint)
     chat = default_chat(tokenizer)
-    engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
+    engine = make_engine(cfg, tokenizer, chat)
     engine.push(model.to(pick_device(cfg.device)), version=0)
     prompts = [
         Prompt(prompt_id(text), text, "", "cli", tuple(chat.prompt_ids(tokenizer, text)))

@@ -28,7 +28,7 @@ from lit_reason.cli.hf import hf_folder, save_hf_policy, start_hf
 from lit_reason.cli.values import HANDED_IN
 from lit_reason.config.parameters import with_defaults
 from lit_reason.config.resolve import to_plain
-from lit_reason.data import PromptCursor, PromptData, Tokenizer, load_tokenizer
+from lit_reason.data import ChatTemplate, PromptCursor, PromptData, Tokenizer, load_tokenizer
 from lit_reason.environments import EnvironmentEngine
 from lit_reason.errors import ConfigError, DataError, LitReasonError
 from lit_reason.evaluate import EvalReport, compare, evaluate
@@ -228,7 +228,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
     objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
-    engine = make_engine(cfg, data)
+    engine = make_engine(cfg, data.tokenizer, data.chat)
     rubric = build(cfg, "rubric", rewards=build(cfg, "reward"))()
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
@@ -282,12 +282,10 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     return finish(cfg, trainer, model, data, weights)
 
 
-def make_engine(cfg: DictConfig, data: PromptData) -> Engine:
-    """The rollout engine, playing in the environment if there is one."""
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
-    if not cfg.environment:
-        return engine
-    return EnvironmentEngine(engine, build(cfg, "environment"), data.tokenizer, data.chat)
+def make_engine(cfg: DictConfig, tokenizer: Tokenizer, chat: ChatTemplate) -> Engine:
+    """The rollout engine, in the environment of `environment` if there is one."""
+    engine: Engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
+    return EnvironmentEngine(engine, build(cfg, "environment"), tokenizer, chat) if cfg.environment else engine
 
 
 def check_context(data: PromptData, model: Transformer | HFModel) -> None:
@@ -303,7 +301,7 @@ def check_context(data: PromptData, model: Transformer | HFModel) -> None:
 
 def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device) -> EvalReport:
     """Verified rewards and the format-blind answer, on held-out problems. Leaves the model on `device`."""
-    engine = make_engine(cfg, data)
+    engine = make_engine(cfg, data.tokenizer, data.chat)
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
     rewards.setdefault("answer", AnswerExact(weight=0.0))

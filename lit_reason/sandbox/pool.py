@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_reason.errors import ConfigError
+from lit_reason.sandbox.launch import check_isolation
 from lit_reason.sandbox.process import Worker
 from lit_reason.sandbox.verdict import Verdict
 from lit_reason.types import RewardState
@@ -79,6 +80,7 @@ class Sandbox:
     ) -> None:
         if timeout_s <= 0 or workers < 1:
             raise ConfigError(f"got timeout_s={timeout_s}, workers={workers}; valid: timeout_s > 0 and workers >= 1")
+        check_isolation(isolation)
         self.scorer, self.timeout_s, self.workers = Path(scorer).resolve(), timeout_s, workers
         self.memory_mb, self.isolation, self.start_s = memory_mb, isolation, start_s
         self._reset()
