@@ -94,22 +94,23 @@ def test_no_limit_is_passed_and_no_answer_is_cut(echo, prompts, tokenizer, make_
 
 
 class Scripted:
-    """An engine that writes given texts, turn by turn, and remembers what it was asked."""
+    """An engine that writes given texts, turn by turn (one for all rows, or one each), within its limit."""
 
     def __init__(self, tokenizer, turns, **facts):
         self.tokenizer, self.turns, self.facts, self.asked = tokenizer, list(turns), facts, []
 
     def generate(self, prompts, sampling, seeds, sample_idx=None, progress=None):
         self.asked.append((prompts, sampling, list(seeds)))
-        text, version = self.turns.pop(0)
-        ids = tuple(self.tokenizer.encode(text, specials=True))
-        stop = ids[-1] in self.tokenizer.stop_ids
-        tail = [Completion(p.id, i, ids, tuple(-float(t) for t in range(1, len(ids) + 1)), "", "length", version, s)
-                for p, i, s in zip(prompts, sample_idx, seeds, strict=True)]  # fmt: skip
-        import dataclasses
+        texts, version = self.turns.pop(0)
+        texts = [texts] * len(prompts) if isinstance(texts, str) else texts
+        return [self._write(*row, version, sampling) for row in zip(prompts, texts, seeds, sample_idx, strict=True)]
 
-        more = {k: f(len(prompts[0].token_ids), len(ids), version) for k, f in self.facts.items()}
-        return [dataclasses.replace(c, finish_reason="stop" if stop else "length", **more) for c in tail]
+    def _write(self, prompt, text, seed, idx, version, sampling):
+        ids = tuple(self.tokenizer.encode(text, specials=True))[: sampling.max_tokens]
+        logprobs = tuple(-float(t) for t in range(1, len(ids) + 1))
+        finish = "stop" if ids[-1] in self.tokenizer.stop_ids else "length"
+        facts = {name: fact(len(prompt.token_ids), len(ids), version) for name, fact in self.facts.items()}
+        return Completion(prompt.id, idx, ids, logprobs, "", finish, version, seed, **facts)
 
     def push(self, model, version): ...
 
@@ -148,6 +149,18 @@ def test_the_last_call_of_max_turns_is_not_answered(tokenizer, prompts):
     assert done.text == "<up>a</up><result>A</result><up>b</up>" and done.finish_reason == "length"
 
 
+def test_each_row_is_cut_at_its_own_limit(tokenizer, prompts):
+    """After its answer row 1 has 8 tokens less left than row 0: the engine is asked for row 0's."""
+    script = Scripted(tokenizer, [(["<up>a</up>", "12345678<up>b</up>"], 0), ("x" * 99, 0)])
+    one, two = EnvironmentEngine(script, Tools({"up": upper}), tokenizer).generate(
+        prompts(2), Sampling(max_tokens=40), [0, 1]
+    )
+    used = len("<up>a</up><result>A</result>")
+    assert script.asked[1][1].max_tokens == 40 - used
+    assert one.text.endswith("</result>" + "x" * (40 - used)) and one.finish_reason == "length"
+    assert two.text.endswith("</result>" + "x" * (40 - used - 8)) and two.finish_reason == "length"
+
+
 def test_changes_of_weights_are_told_where_they_happened(tokenizer, prompts):
     """Turn 0 by 3, from its token 2 on by 4 (its token 12 is cut off); turn 1 by 5; turn 2 still by 5."""
     script = Scripted(
@@ -162,12 +175,12 @@ def test_changes_of_weights_are_told_where_they_happened(tokenizer, prompts):
 
 
 def test_the_experts_of_all_turns_become_one_table(tokenizer, prompts):
-    """The first turn knows all that it read (1, of S = 3 + 14 - 1 tokens, 10 of them kept); the second, with the
-    prefix in its cache, from token 20 on (2)."""
+    """The first turn chose 1 for the 3 + 10 - 1 tokens that it read and kept, unknown at 3; the second, with 5 tokens
+    in its cache, chose 2. What the first knows counts: its tokens were drawn by that."""
 
     def experts(start, n, version):
         known = torch.full((start + n - 1, 2, 3), version, dtype=torch.int16)
-        known[: 20 if version == 2 else 0] = -1
+        known[slice(3, 4) if version == 1 else slice(0, 5)] = -1
         return known
 
     script = Scripted(tokenizer, [("<up>a</up>xxxx", 1), ("c<|end|>", 2)], experts_SLK=experts)
@@ -176,8 +189,7 @@ def test_the_experts_of_all_turns_become_one_table(tokenizer, prompts):
     )
     S = 3 + len(done.token_ids) - 1
     assert done.experts_SLK.shape == (S, 2, 3) and done.experts_SLK.dtype == torch.int16
-    # token 12 is the last of the call: no turn before the second read it, and that one does not tell
-    assert done.experts_SLK[:, 0, 0].tolist() == [1] * 12 + [-1] * 8 + [2] * (S - 20)
+    assert done.experts_SLK[:, 0, 0].tolist() == [1] * 3 + [-1] + [1] * 8 + [2] * (S - 12)
 
 
 def test_a_message_of_the_user_follows_the_stop_token(tokenizer, prompts):
