@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.cli.launch import check_count, check_device, launch, pick_device
 from lit_reason.config import check_config, check_run
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from lit_reason.types import Completion
@@ -54,6 +54,8 @@ def run(cfg: DictConfig) -> list[Completion]:
     for prompt, completion in zip(prompts, completions, strict=True):
         if completion.sample_idx == 0:
             print(f"\n{prompt.question}")
+        if completion.fault:
+            raise RolloutError(f"the environment failed: {completion.fault}")
         cut = "" if completion.finish_reason == "stop" else f"  [cut at {len(completion.token_ids)} tokens]"
         print(f"  {completion.text}{cut}")
     return completions

@@ -56,7 +56,7 @@ class Row:
         self.asked: list[Any] | None = None
         self.state: Any = None
         self.fault = ""
-        self.scored = False
+        self.scored = self.old = False
         self.task: asyncio.Task[Any] | None = None
 
     async def play(self, rollout: Coroutine[Any, Any, Any]) -> None:
@@ -108,8 +108,10 @@ class Hosted:
         return asyncio.run_coroutine_threadsafe(together(), self._loop).result()
 
     def start(self, keys: Sequence[tuple[str, int]], inputs: Sequence[dict[str, Any]]) -> list[Row]:
-        """New rows, each up to its first question; those that were scored are forgotten."""
-        self.rows = {key: row for key, row in self.rows.items() if not row.scored}
+        """New rows, each up to its first question; those that were scored before the last such call are forgotten."""
+        self.rows = {key: row for key, row in self.rows.items() if not row.old}
+        for row in self.rows.values():
+            row.old = row.scored
         rows = self.run([self._start(data) for data in inputs])
         self.rows |= dict(zip(keys, rows, strict=True))
         return rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lit_reason.environments.base import Step, Turn
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, LitReasonError
 from lit_reason.types import Prompt
 
 _TAKEN = frozenset(["think", "answer", "result"])  # the chat template's own tags
@@ -73,11 +73,22 @@ class Tools:
             if (found := self._call.search(turn.text)) is not None:
                 calls.setdefault(found[1], []).append((row, found[2].strip()))
         for name, asked in calls.items():
-            answers = self.tools[name]([request for _, request in asked])
+            answers = self._ask(name, [request for _, request in asked])
             for (row, _), answer in zip(asked, answers, strict=True):
                 failed = isinstance(answer, ToolFault)
                 steps[row] = Step(None, fault=answer.message) if failed else Step(None, self._cut(answer))
         return steps
+
+    def _ask(self, name: str, requests: list[str]) -> list[str | ToolFault]:
+        try:
+            answers = list(self.tools[name](requests))
+        except LitReasonError:  # says what to type: no run should go on without it
+            raise
+        except Exception as error:
+            return [ToolFault(f"{name}: {type(error).__name__}: {error}")] * len(requests)
+        if len(answers) != len(requests):
+            return [ToolFault(f"{name}: {len(answers)} answers to {len(requests)} requests")] * len(requests)
+        return answers
 
     def _cut(self, answer: str) -> str:
         """A cut number must not look like a whole one."""

@@ -49,6 +49,21 @@ def test_a_fault_of_the_tool_is_a_fault_of_the_row_and_a_long_answer_is_marked()
     )
 
 
+def test_a_tool_that_raises_or_loses_count_is_a_fault_of_its_rows_alone():
+    def raises(requests):
+        raise KeyError("x")
+
+    tools = Tools({"a": raises, "b": lambda requests: requests[1:], "c": lambda requests: requests})
+    steps = ask(tools, "<a>1</a>", "<b>1</b>", "<b>2</b>", "<c>3</c>")
+    assert [step.fault for step in steps] == ["a: KeyError: 'x'", *["b: 1 answers to 2 requests"] * 2, ""]
+
+    def refuses(requests):
+        raise ConfigError("type something")
+
+    with pytest.raises(ConfigError, match="type something"):
+        ask(Tools({"a": refuses}), "<a>1</a>")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
