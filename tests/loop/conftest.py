@@ -1,5 +1,6 @@
 """A loop on stub stages, and a real run: model, engine, objective, Trainer."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,13 +105,23 @@ class Even:
         return scores([[share(c, lambda t: t % 2 == 0), share(c, lambda t: t < 128)] for c in completions])
 
 
+class Copying(BuiltinEngine):
+    """In float32, where log-probs can be compared exactly, and yet with weights of its own."""
+
+    def shares_weights(self, model):
+        return False
+
+    def push(self, model, version):
+        super().push(copy.deepcopy(model), version)
+
+
 @pytest.fixture
 def real_run(tmp_path):
     """`real_run(name, algorithm=.., shape=.., callbacks=.., max_steps=..)`: everything real but the reward."""
 
     def build(
         name: str, algorithm: str = "gdpo", shape=None, callbacks=(), max_steps=-1, lr=2**-6, on_push=None,
-        reference=None, **changes,
+        reference=None, engine=None, **changes,
     ):  # fmt: skip
         shape = shape or RoundShape(rounds=3, prompts_per_round=3, group_size=4, micro_batches=2)
         torch.manual_seed(0)
@@ -123,7 +134,9 @@ def real_run(tmp_path):
         axes = yaml.safe_load((ALGORITHMS / f"{algorithm}.yaml").read_text())
         axes.pop("_target_")
         policy = PolicyModule(model, AdamW(lr=lr), Objective(**axes | changes), temperature=0.9, reference=reference)
-        engine, sampling = BuiltinEngine(ByteTokenizer(), dtype="float32"), Sampling(temperature=0.9, max_tokens=10)
+        if engine is None:
+            engine = (Copying if shape.staleness else BuiltinEngine)(ByteTokenizer(), dtype="float32")
+        sampling = Sampling(temperature=0.9, max_tokens=10)
         record = SimpleNamespace(policy=policy, engine=engine, completions=[], rewards=[], folder=tmp_path / name)
 
         def push(version):
