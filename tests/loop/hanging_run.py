@@ -9,13 +9,14 @@ import torch
 from lit_reason.loop import RolloutLoop, RoundShape, Stages
 from lit_reason.types import Assessed, Completion, Prompt, Scores
 
-begun = []
+begun, hangs = [], threading.Event()
 
 
 def generate(prompts, seeds, samples):
     begun.append(True)
     if len(begun) == 2:
         print("hangs", flush=True)
+        hangs.set()
         threading.Event().wait()
     return [Completion(p.id, 0, (5, 6), (-1.0, -1.0), "", "stop", 0, s) for p, s in zip(prompts, seeds, strict=True)]
 
@@ -32,6 +33,5 @@ loop = RolloutLoop(cursor, stages, shape, request_seed=lambda *key: 1, seed=0, m
 next(loop)
 if sys.argv[1] == "ctrl-c":
     next(loop)
-while len(begun) < 2:
-    pass
+hangs.wait()
 raise RuntimeError("training failed")

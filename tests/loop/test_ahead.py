@@ -196,6 +196,16 @@ def test_a_state_without_the_failed_round_deals_its_prompts_again(stub, make_loo
     assert rounds.gate.begun == 3
 
 
+def test_a_save_during_which_a_round_fails(stub, make_loop):
+    gate = Gate(permits=2)
+    loop = make_loop(Rounds(stub, gate, fails=2).stages(), staleness=4, **SHAPE)
+    next(loop)
+    assert gate.wait_begun(3)
+    threading.Timer(0.2, gate.allow, [10]).start()
+    assert [rollout["index"] for rollout in state_of(loop)["ahead"]] == [1]
+    assert gate.begun == 3
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_resumed_from_any_batch_it_is_the_same_run(stub, make_loop, staleness, freeze):

@@ -9,6 +9,7 @@ import torch
 
 from lit_reason.loop import RoundShape
 from lit_reason.models.checksum import checksum
+from lit_reason.modules import Refreshed
 from lit_reason.rollout.sampling import draw, uniforms
 from lit_reason.types import Completion
 
@@ -102,11 +103,18 @@ def test_the_rest_of_a_generation_comes_from_the_newer_weights(real_run):
 
 def test_a_frozen_push_brings_the_weights_of_its_time(real_run):
     shape = RoundShape(rounds=2, prompts_per_round=3, group_size=4, micro_batches=2, staleness=2)
-    run = real_run("run", shape=shape)
+    run = real_run("run", shape=shape, reference=Refreshed(7))
+
+    def change():
+        with torch.no_grad():
+            for parameter in run.policy.model.parameters():
+                parameter.add_(1.0)
+
+    change()
     before, later = checksum(run.policy.model), run.loop.stages.freeze(7)
-    with torch.no_grad():
-        for parameter in run.policy.model.parameters():
-            parameter.add_(1.0)
+    change()
+    with run.policy.reference.model() as reference:
+        assert checksum(reference) == before, "the reference is refreshed at once"
     later()
     assert checksum(run.engine.model) == before != checksum(run.policy.model)
     assert run.engine.version() == 7
