@@ -108,7 +108,7 @@ class PolicyModule(LanguageModule):
 
         Args:
             engine: generates with this policy's weights, by `sampling`. What it can is asked of two attributes, if it
-                has them: `shares_weights(model) -> bool` (it generates with `model` itself) and `in_flight: bool`
+                has them: `shares_weights` (it generates with the pushed model itself, not with a copy) and `in_flight`
                 (`push` may be called while `generate` runs in another thread).
             score: e.g. `Rubric.score`; or `Rubric.judge`, with `check=Rubric.check` for the round as a whole.
             updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
@@ -148,7 +148,7 @@ class PolicyModule(LanguageModule):
             mismatch=_mismatch_kl,
             check=check,
             freeze=freeze,
-            shares_weights=bool(getattr(engine, "shares_weights", lambda model: False)(self.model)),
+            shares_weights=getattr(engine, "shares_weights", False),
             in_flight=getattr(engine, "in_flight", False),
         )
 
