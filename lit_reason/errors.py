@@ -27,6 +27,14 @@ class RolloutError(LitReasonError, RuntimeError):
     """The engine could not generate what was asked."""
 
 
+class EngineDiedError(RolloutError):
+    """The process of an engine ended."""
+
+
+class EngineStalledError(RolloutError, TimeoutError):
+    """An engine gave no sign of life within its deadline."""
+
+
 class WeightSyncError(LitReasonError, RuntimeError):
     """An engine holds other weights than the trainer."""
 

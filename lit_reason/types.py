@@ -73,7 +73,7 @@ class Completion:
     version: int
     seed: int
     mask: tuple[int, ...] | None = None
-    experts_SLK: Tensor | None = None
+    experts_SLK: Tensor | None = field(default=None, compare=False)  # == of tensors is no bool
     switches: tuple[tuple[int, int], ...] = ()
 
 

@@ -17,7 +17,7 @@ ORDER = [
     ("sandbox",),
     ("rewards",),
     ("objectives",),
-    ("modules",),
+    ("modules", "sync"),
     ("checkpoint", "callbacks", "evaluate", "report", "zoo", "config"),
     ("cli",),
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_reason.errors import RolloutError
 from lit_reason.types import Completion, PolicyBatch, Prompt
 
 
@@ -37,7 +38,38 @@ def collate(
         tokens_total=mask.sum(),
         prompts_total=torch.tensor(float(len({p.id for p in prompts}))),
         max_completion=torch.tensor(float(max_completion)),
+        experts_BTLK=_experts(prompts, completions, max(lengths) - 1),
     )
+
+
+def _experts(prompts: Sequence[Prompt], completions: Sequence[Completion], T: int) -> Tensor | None:
+    """experts_BTLK, int16: -1 where no engine told them; None when it told none at all.
+
+    Raises:
+        RolloutError: not one row per token that the engine read, or an expert twice for one token.
+    """
+    told = [completion.experts_SLK for completion in completions if completion.experts_SLK is not None]
+    if not told:
+        return None
+    LK = told[0].shape[1:]
+    experts_BTLK = torch.full((len(completions), T, *LK), -1, dtype=torch.int16)
+    for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if (experts_SLK := completion.experts_SLK) is None:
+            continue
+        S = len(prompt.token_ids) + len(completion.token_ids) - 1
+        if experts_SLK.shape != (S, *LK):
+            raise RolloutError(
+                f"the engine's experts for prompt {prompt.id}, sample {completion.sample_idx}, have shape "
+                f"{tuple(experts_SLK.shape)}; expected {(S, *LK)}: a row per token that it read, the last left out"
+            )
+        ordered = experts_SLK.sort(-1).values
+        if ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any():
+            raise RolloutError(
+                f"the engine's experts for prompt {prompt.id}, sample {completion.sample_idx}, name one twice for a "
+                "token: a buffer that was never filled? Where the engine does not know, it must say -1"
+            )
+        experts_BTLK[b, :S] = experts_SLK
+    return experts_BTLK
 
 
 def minibatches(groups: int, group_size: int, count: int, seed: int) -> list[list[int]]:
@@ -86,6 +118,6 @@ def _trim(batch: PolicyBatch) -> PolicyBatch:
     used = max(int(_used_length(batch).max()), 1)
     for name in PolicyBatch.__dataclass_fields__:
         value = getattr(batch, name)
-        if isinstance(value, Tensor) and value.dim() == 2:
+        if isinstance(value, Tensor) and value.dim() > 1:
             setattr(batch, name, value[:, :used].contiguous())
     return batch

@@ -15,7 +15,7 @@ Nothing here imports peft, which takes seconds: whoever only asks whether a mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -77,21 +77,37 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             layer._disable_adapters = disabled  # type: ignore[assignment]
 
 
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+def merged_weights(model: nn.Module) -> Mapping[str, Tensor]:
     """Parameters and buffers of the plain architecture, by its names, with the adapters folded in.
 
-    What no adapter changes is the model's own tensor, not a copy: of a model without adapters, everything.
+    What no adapter changes is the model's own tensor, not a copy: of a model without adapters, everything. The others
+    are folded when they are asked for, and only the last one is kept, so that not all of them are in memory at once.
     """
-    layers = adapted_layers(model)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if owner(name, layers) is None:
-            weights[plain_name(name)] = tensor
-    for prefix, layer in layers.items():
-        name = plain_name(f"{prefix}.{adapted_parameter(layer)[1]}")
-        weights[name] = _folded(layer, weights[name])
-    return weights
+    return _Merged(model)
+
+
+class _Merged(Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module) -> None:
+        layers = adapted_layers(model)
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._base = {plain_name(name): tensor for name, tensor in tensors if owner(name, layers) is None}
+        on = {prefix: layer for prefix, layer in layers.items() if not layer.disable_adapters}
+        self._layers = {plain_name(f"{prefix}.{adapted_parameter(layer)[1]}"): layer for prefix, layer in on.items()}
+        self._last: tuple[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._layers:
+            return self._base[name]
+        if self._last is None or self._last[0] != name:  # an expert's rows are asked for one after the other
+            self._last = (name, _folded(self._layers[name], self._base[name]))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
 
 
 def merged_copy(model: Model) -> Model:
@@ -114,8 +130,6 @@ def merged_copy(model: Model) -> Model:
 
 def _folded(layer: nn.Module, weight: Tensor) -> Tensor:
     """W + scaling B A (2106.09685); DoRA gives each of its rows the learned norm (2402.09353 eq. 5)."""
-    if layer.disable_adapters:
-        return weight
     (name,) = cast(list[str], layer.active_adapters)
     folded = weight + cast(Callable[[str], Tensor], layer.get_delta_weight)(name)
     magnitudes = layer.get_submodule("lora_magnitude_vector")

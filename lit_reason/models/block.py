@@ -25,17 +25,24 @@ class Block(nn.Module):
         self.scale = scale
 
     def forward(
-        self, x: Tensor, rotation: Tensor, attend: Attend, cache: Tensor | None = None, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        attend: Attend,
+        cache: Tensor | None = None,
+        valid: Tensor | None = None,
+        experts_NK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
-        return self._feed_forward(x, valid)
+        return self._feed_forward(x, valid, experts_NK)
 
     def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
         x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
         return self._feed_forward(x, None)[0]
 
-    def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        out, balance = (
-            self.ffn(self.ffn_norm(x), valid) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
-        )
+    def _feed_forward(
+        self, x: Tensor, valid: Tensor | None, experts_NK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        normed = self.ffn_norm(x)
+        out, balance = self.ffn(normed, valid, experts_NK) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return torch.add(x, out, alpha=self.scale), balance

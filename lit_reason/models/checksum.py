@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +31,35 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest(tensor: Tensor) -> int:
+    """A 63-bit sum over the tensor's elements in row-major order, their bits times a number of their place.
+
+    Quick on any device, with no copy of the tensor on the host: what `sync` compares after every weight push. It is the
+    same on every device, and any change of one element changes it; two changes cancel by chance once in 2^63. It is no
+    protection against someone who wants them to cancel: that is `checksum`.
+    """
+    bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        places = _places(bits.device)[: chunk.numel()]
+        total = total * _FACTOR + (chunk * places).sum()  # int64 wraps around: arithmetic modulo 2^64
+    return int(total) & (2**63 - 1)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 18
+_FACTOR = 0x5851F42D4C957F2D  # Knuth's multiplier for MMIX: odd
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    """Odd pseudo-random int64 numbers, one for each place of a chunk (splitmix64's finaliser of a counter)."""
+    with np.errstate(over="ignore"):
+        x = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = (x ^ (x >> np.uint64(31))) | np.uint64(1)
+    return torch.from_numpy(x.view(np.int64)).to(device)

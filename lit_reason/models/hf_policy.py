@@ -13,6 +13,7 @@ Shapes: B rows, T positions, M targets that count, D width, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,8 @@ class HFConfig:
 class HFModel(nn.Module):
     """A transformers model behind `CausalLM`, so that every stage and the builtin engine can use it.
 
+    It cannot replay the experts that an engine chose: every family routes in a class of its own.
+
     Example::
 
         model = HFModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
@@ -148,6 +151,7 @@ class HFModel(nn.Module):
             raise ConfigError(f"{type(lm).__name__} names no output embeddings, so it is no causal language model")
         source = lm.config.to_json_string(use_diff=False)
         self.config = HFShape(context(lm.config), output.weight.shape[0], source=source)
+        self._warned = False
         check_against(self, lm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HFModel:  # type: ignore[override]
@@ -205,13 +209,21 @@ class HFModel(nn.Module):
         """Nothing: there is no multi-token prediction."""
         return []
 
-    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
+    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor, experts_BTLK: Tensor | None = None) -> Tensor:
         """states_MD that the head reads to predict the targets that count, in row-major order.
 
         Args:
             input_ids_BT: int64, right-padded; what follows a row's last counted target is not computed on.
             counts_BT: bool, targets (the token after each input) that count.
+            experts_BTLK: not replayed, with a warning the first time.
         """
+        if experts_BTLK is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the engine told its experts, but a {type(self.lm).__name__} of transformers cannot replay them: it "
+                "chooses its own. Watch mismatch/kl; PolicyModule(..., replay_routing=False) silences this",
+                stacklevel=2,
+            )
         kept_B = counts_BT.any(1)
         kept_B[0] |= ~kept_B.any()  # nothing counts: one row all the same, so that there is a graph with gradients of 0
         counts_BT = counts_BT[kept_B]

@@ -2,6 +2,9 @@
 biased scores, weights from the unbiased ones, auxiliary-loss-free balancing. `ModelConfig.scoring`, `group_score` and
 `norm_topk_prob` make it DeepSeek-V2's (2405.04434 section 2.1.2), whose biases stay 0.
 
+Replay (2510.11370): where an engine tells which experts it chose, these are taken, with weights from the router's own
+scores of now, so that engine and trainer compute the same function and the router still learns.
+
 Shapes: N tokens (flattened), E experts, K chosen, D width, F expert width."""
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from lit_reason.models.layers import SwiGLU, compute_dtype, round_up, silu_mul
 @dataclass(slots=True)
 class Routing:
     """What the router chose: `experts_NK` int64, `weights_NK` float32 (their sum is `routed_scale` when they are
-    normalised), `scores_NE`."""
+    normalised), `scores_NE`. With replay also `replayed_N`, bool, and `own_NK`, what it would have chosen."""
 
     experts_NK: Tensor
     weights_NK: Tensor
     scores_NE: Tensor
+    replayed_N: Tensor | None = None
+    own_NK: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -33,6 +38,10 @@ class Router(nn.Module):
     Buffers:
         bias_E: added to the scores for selection only; moved by `update_bias`, never by a gradient.
         load_E: assignments counted in training since the last update (in the checkpoint).
+
+    Attributes:
+        replays_2: tokens replayed in training with other experts than the router's own, and all replayed ones, since
+            `take_replays`; None if there were none.
     """
 
     bias_E: Tensor
@@ -49,6 +58,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, config.width))
         self.register_buffer("bias_E", torch.zeros(config.experts))
         self.register_buffer("load_E", torch.zeros(config.experts))
+        self.replays_2: Tensor | None = None
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
         kept = {name: tensor.detach() for name, tensor in self._tensors()}
@@ -61,14 +71,26 @@ class Router(nn.Module):
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [("weight", self.weight), ("bias_E", self.bias_E), ("load_E", self.load_E)]
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor, experts_NK: Tensor | None = None) -> Routing:
+        """The chosen experts and their weights.
+
+        Args:
+            experts_NK: integers, the experts to take instead of the best ones; -1 for tokens whose are not known.
+
+        Trap: the weights must be gathered from all scores. Those that are left after the router's own top-k are 0 for
+        an expert that only the engine chose, and so is their gradient.
+        """
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = self.score(x_ND.float() @ self.weight.t())
-        experts_NK = self._select(scores_NE.detach() + self.bias_E)
-        chosen_NK = scores_NE.gather(1, experts_NK)
+            scores_NE = self.score(x_ND.to(torch.promote_types(self.weight.dtype, torch.float32)) @ self.weight.t())
+        own_NK = chosen_NK = self._select(scores_NE.detach() + self.bias_E)
+        replayed_N = None
+        if experts_NK is not None:
+            replayed_N = (experts_NK >= 0).all(1)
+            chosen_NK = torch.where(replayed_N[:, None], experts_NK.long(), own_NK)
+        weights_NK = scores_NE.gather(1, chosen_NK)
         if self.normalise:
-            chosen_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts_NK, chosen_NK * self.scale, scores_NE)
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(chosen_NK, weights_NK * self.scale, scores_NE, replayed_N, own_NK)
 
     def _select(self, biased_NE: Tensor) -> Tensor:
         """Top-k of the experts in the best groups; a group scores the sum of its best: two in V3, one in V2."""
@@ -85,6 +107,19 @@ class Router(nn.Module):
         """Adds the assignments of valid tokens to `load_E`."""
         flat = experts_NK if valid_N is None else experts_NK[valid_N]
         self.load_E += torch.bincount(flat.flatten(), minlength=self.load_E.numel())
+
+    def count_replays(self, routing: Routing) -> None:
+        """Adds to `replays_2`; the order of a token's experts means nothing."""
+        if routing.replayed_N is None or routing.own_NK is None:
+            return
+        differs_N = (routing.experts_NK.sort(1).values != routing.own_NK.sort(1).values).any(1)
+        found_2 = torch.stack((differs_N.sum(), routing.replayed_N.sum()))
+        self.replays_2 = found_2 if self.replays_2 is None else self.replays_2 + found_2
+
+    def take_replays(self) -> Tensor | None:
+        """`replays_2`, which starts anew."""
+        found, self.replays_2 = self.replays_2, None
+        return found
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
@@ -153,21 +188,25 @@ class MoE(nn.Module):
         hidden = config.shared_experts * config.expert_width
         self.shared = SwiGLU(config.width, hidden) if hidden else None
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, experts_NK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns the layer's output and, in training, its balance loss (before the coefficient).
 
         Args:
             x: (B, T, D) in training and prefill, (B, D) in decoding.
             valid: bool (B, T), False for padding, which is left out of load and balance loss.
+            experts_NK: to be replayed, as in `Router.forward`.
         """
         x_ND = x.flatten(0, -2)
-        routing = self.router(x_ND)
+        routing = self.router(x_ND, experts_NK)
         out = self.experts(x_ND, routing)
         if self.shared is not None:
             out = out + self.shared(x_ND)
         balance = None
         if self.training and torch.is_grad_enabled():
             self.router.count(routing.experts_NK, None if valid is None else valid.flatten())
+            self.router.count_replays(routing)
             if x.dim() == 3:
                 balance = sequence_balance(routing.scores_NE.view(*x.shape[:2], -1), self.router.k, valid)
         return out.view(x.shape), balance

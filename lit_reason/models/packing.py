@@ -7,7 +7,8 @@
 The G completions of a prompt compute it once instead of G times, and everything but attention runs on (N, D).
 Attention unpacks: a prefix sees itself, a row's own tokens see its prefix and themselves.
 
-Shapes: B rows, T positions of the batch, P distinct prefixes, L the longest prefix, A the longest rest after it."""
+Shapes: B rows, T positions of the batch, P distinct prefixes, L the longest prefix, A the longest rest after it; of
+experts_NLK and experts_BTLK: L MoE layers, K experts per token."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ class Packed:
         prefix_tokens, own_tokens: the flat indices of what is not padding, in the order of the row of N.
         keys_BS: the keys of `own_BA`: its prefix (S = L + A), then itself.
         hidden_BAS: bool, keys that a query may not see.
+        experts_NLK: the experts to replay, -1 where they are not known; None if nowhere.
     """
 
     ids_N: Tensor
@@ -41,6 +43,7 @@ class Packed:
     own_tokens: Tensor
     keys_BS: Tensor
     hidden_BAS: Tensor
+    experts_NLK: Tensor | None = None
 
     def attention(self, dtype: torch.dtype) -> Attend:
         """Attention of packed tokens with scores in `dtype`; every layer shares its mask."""
@@ -59,11 +62,13 @@ class Packed:
         return attend_packed
 
 
-def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
+def pack(input_ids_BT: Tensor, counts_BT: Tensor, experts_BTLK: Tensor | None = None) -> Packed:
     """Packs a right-padded batch. Rows that agree up to their first counted target share that prefix.
 
     Args:
         counts_BT: bool, targets (the token after each input) that count; rows without any are left out.
+        experts_BTLK: integers, the experts of each input token, -1 where they are not known. A shared token gets those
+            of the first of its rows that knows them.
     """
     kept = counts_BT.any(1)
     kept[0] |= ~kept.any()  # nothing counts: one token all the same, so that there is a graph with gradients of 0
@@ -93,6 +98,11 @@ def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
     A, L = own_BA.shape[1], prefix_PL.shape[1]
     hidden_BL = position_T[:L] >= prefix_B[:, None]
     future_AA = torch.ones(A, A, dtype=torch.bool, device=ids_BT.device).triu(1)
+    experts_NLK = None
+    if experts_BTLK is not None:
+        experts_BTLK = experts_BTLK[kept]
+        own = experts_BTLK[real_BA.nonzero()[:, 0], position_BA[real_BA]]
+        experts_NLK = torch.cat((_shared_experts(experts_BTLK, prefix_of_B, real_PL), own))
     return Packed(
         ids_N=torch.cat((prefixes_PL[real_PL], ids_BT.gather(1, position_BA.clamp_max(T - 1))[real_BA])),
         position_N=torch.cat((position_T[:L].expand_as(real_PL)[real_PL], position_BA[real_BA])),
@@ -103,7 +113,23 @@ def pack(input_ids_BT: Tensor, counts_BT: Tensor) -> Packed:
         own_tokens=own_tokens,
         keys_BS=torch.cat((prefix_PL[prefix_of_B], own_BA), dim=1),
         hidden_BAS=torch.cat((hidden_BL[:, None].expand(B, A, L), future_AA.expand(B, A, A)), dim=2),
+        experts_NLK=experts_NLK,
     )
+
+
+def _shared_experts(experts_BTLK: Tensor, prefix_of_B: Tensor, real_PL: Tensor) -> Tensor:
+    """Of every token of the P prefixes, in row-major order, the experts of the first of its rows that knows any."""
+    B, (P, L) = len(experts_BTLK), real_PL.shape
+    known_BL = (experts_BTLK[:, :L] >= 0).flatten(2).any(2)
+    row_B1 = torch.arange(B, device=real_PL.device)[:, None]
+    none_PL = torch.full((P, L), B, device=real_PL.device)
+    first_PL = none_PL.scatter_reduce(
+        0, prefix_of_B[:, None].expand(B, L), torch.where(known_BL, row_B1, B), reduce="amin"
+    )
+    prefix, position = real_PL.nonzero(as_tuple=True)
+    first_N = first_PL[prefix, position]
+    found_NLK = experts_BTLK[first_N.clamp_max(B - 1), position]
+    return found_NLK.masked_fill((first_N == B)[:, None, None], -1)
 
 
 def _places(real: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Cache(Protocol):
 class CausalLM(Protocol):
     """A causal language model in two halves, trunk and head, with prefill and decode.
 
-    Shapes: B rows, T positions, M targets that count, D width, V vocabulary.
+    Shapes: B rows, T positions, M targets that count, D width, V vocabulary, L MoE layers, K experts per token.
 
     Attributes:
         config: has `max_seq_len` and `vocab_size`.
@@ -36,8 +36,11 @@ class CausalLM(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
-        """states_MD that the head reads to predict the targets that count, in row-major order; right-padded rows."""
+    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor, experts_BTLK: Tensor | None = None) -> Tensor:
+        """states_MD that the head reads to predict the targets that count, in row-major order; right-padded rows.
+
+        `experts_BTLK` (`PolicyBatch`) are replayed where they are not -1; a model that cannot says so and goes on.
+        """
         ...
 
     def new_cache(self, rows: int, capacity: int) -> Any: ...

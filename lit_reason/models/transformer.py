@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models.attention import causal
 from lit_reason.models.block import Block
 from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, compute_dtype
 from lit_reason.models.mla import Cursor
-from lit_reason.models.moe import Router
+from lit_reason.models.moe import MoE, Router
 from lit_reason.models.mtp import MTPModule
 from lit_reason.models.packing import Packed, pack
 from lit_reason.models.rope import rope_table
@@ -104,14 +104,21 @@ class Transformer(nn.Module):
             found.append(hidden)
         return found
 
-    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
+    def states_at(self, input_ids_BT: Tensor, counts_BT: Tensor, experts_BTLK: Tensor | None = None) -> Tensor:
         """What the head reads to predict the targets that count, in row-major order: states_MD.
 
         Args:
             input_ids_BT: int64, right-padded; rows that agree up to their first counted target compute it once.
             counts_BT: bool, targets (the token after each input) that count.
+            experts_BTLK: integers, the experts to replay in each of the trunk's L MoE layers; -1 where the routers
+                choose.
+
+        Raises:
+            RolloutError: the experts are not of this architecture.
         """
-        batch = pack(input_ids_BT, counts_BT)
+        if experts_BTLK is not None:
+            self._check_experts(experts_BTLK, input_ids_BT.shape)
+        batch = pack(input_ids_BT, counts_BT, experts_BTLK)
         return self.packed(batch).index_select(0, batch.state_M)
 
     def packed(self, batch: Packed) -> Tensor:
@@ -121,8 +128,9 @@ class Transformer(nn.Module):
         rotation = rope_table(self.config, batch.ids_N.device)[batch.position_N]
         x = self.embed(batch.ids_N)
         attend = batch.attention(compute_dtype(x))
+        replay = iter(() if batch.experts_NLK is None else batch.experts_NLK.unbind(1))
         for block in self.blocks:
-            x, _ = block(x, rotation, attend)
+            x, _ = block(x, rotation, attend, experts_NK=next(replay, None) if isinstance(block.ffn, MoE) else None)
         return self.norm(x)
 
     def _check_length(self, T: int) -> None:
@@ -130,6 +138,17 @@ class Transformer(nn.Module):
             raise ConfigError(
                 f"a sequence of {T} tokens; the model takes {self.config.max_seq_len} (model.max_seq_len)"
             )
+
+    def _check_experts(self, experts_BTLK: Tensor, tokens: torch.Size) -> None:
+        shape = (*tokens, self.config.moe_layers, self.config.experts_per_token)
+        if experts_BTLK.shape != shape:
+            raise RolloutError(
+                f"the experts to replay have shape {tuple(experts_BTLK.shape)}; this model takes {shape}: rows, "
+                "tokens, MoE layers of the trunk, experts per token. PolicyModule(..., replay_routing=False) goes on "
+                "without them"
+            )
+        if experts_BTLK.numel() and (largest := int(experts_BTLK.max())) >= self.config.experts:
+            raise RolloutError(f"expert {largest} is to be replayed; this model has 0..{self.config.experts - 1}")
 
     def prefill_draft(self, hidden: Hidden, next_BT: Tensor, cache: LatentCache) -> Tensor:
         """Reads prompts into the cache of the first multi-token-prediction module; its states_BTD. See `draft`."""

@@ -147,6 +147,11 @@ def _only(mean: float) -> float:
     return mean
 
 
+def share(part: float, whole: float) -> float:
+    """part / whole; 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
 def effective_sample_size(mean: float, square: float) -> float:
     """(mean w)^2 / mean w^2; 1 if there is no weight."""
     return mean * mean / square if square > 0 else 1.0
@@ -161,4 +166,5 @@ def explained_variance(mean: float, square: float, error: float, error_square: f
 FROM_MOMENTS: dict[str, Callable[..., float]] = {
     "ess": effective_sample_size,
     "explained_variance": explained_variance,
+    "replayed": share,
 }

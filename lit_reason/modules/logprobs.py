@@ -16,13 +16,16 @@ from lit_reason.modules.tiled import tiled_logprobs
 from lit_reason.types import PolicyBatch
 
 
-def token_logprobs(model: CausalLM, batch: PolicyBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: CausalLM, batch: PolicyBatch, temperature: float, experts_BTLK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy (nats) under `temperature`, both (B, T) float32, 0 where masked.
 
-    A prompt that several rows share is computed once, and only positions that count reach the head.
+    A prompt that several rows share is computed once, and only positions that count reach the head. `experts_BTLK` are
+    replayed; those of the batch are not unless they are given.
     """
     counts_BT = batch.mask_BT > 0
-    states_MD = model.states_at(batch.input_ids_BT, counts_BT)
+    states_MD = model.states_at(batch.input_ids_BT, counts_BT, experts_BTLK)
     logprob_M, entropy_M = head_logprobs(model.head, states_MD, batch.target_ids_BT[counts_BT], temperature)
     empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
     return empty_BT.masked_scatter(counts_BT, logprob_M), empty_BT.masked_scatter(counts_BT, entropy_M)

@@ -57,6 +57,9 @@ class PolicyModule(LanguageModule):
         router_bias_rate: 0 (frozen) by default: reinforcement learning on a few prompts should not re-balance experts.
         reference: what the policy is held to or learns from (`reference.py`); a frozen copy of it as it is now if None.
             The reference is not among the module's weights; the checkpoint refuses another one.
+        replay_routing: the policy takes the experts that the engine chose, where it told them (2510.11370), for the old
+            and the new log-probs alike. Reference, teacher and a critic with a trunk of its own are other models and
+            choose for themselves.
     """
 
     def __init__(
@@ -67,13 +70,14 @@ class PolicyModule(LanguageModule):
         temperature: float = 1.0,
         router_bias_rate: float = 0.0,
         reference: Reference | None = None,
+        replay_routing: bool = True,
     ) -> None:
         super().__init__(model, optimizer, router_bias_rate)  # type: ignore[arg-type]
         if not temperature > 0:
             raise ConfigError(
                 f"rollout.sampling.temperature={temperature}: RL needs samples that differ; type 1.0 (0 is greedy)"
             )
-        self.objective, self.temperature = objective, temperature
+        self.objective, self.temperature, self.replay_routing = objective, temperature, replay_routing
         for further in getattr(model, "mtp", ()):  # no part of the policy's loss: DDP would wait for its gradient
             further.requires_grad_(False)
         self.reference = Frozen() if reference is None else reference
@@ -181,7 +185,8 @@ class PolicyModule(LanguageModule):
         found = self.forward(batch)
         out = self.objective.loss(found.logprobs_BT, batch, *found[1:])
         self.check_finite(out.loss)
-        measured = self.log_step(batch_idx, out.metrics, weight=out.tokens, sums={"loss": out.loss.detach()})
+        metrics = out.metrics | self._replay_metrics(out.tokens)
+        measured = self.log_step(batch_idx, metrics, weight=out.tokens, sums={"loss": out.loss.detach()})
         if measured is not None:
             self._measured = measured
             self.log_dict(self._round_metrics | self.objective.coefficients.metrics(), batch_size=1)
@@ -191,7 +196,7 @@ class PolicyModule(LanguageModule):
     def forward(self, batch: PolicyBatch) -> Forward:  # type: ignore[override]
         """One pass of the policy, and of critic and teacher where the objective asks for them."""
         counts_BT, model = batch.mask_BT > 0, cast(CausalLM, self.model)
-        states_MD = model.states_at(batch.input_ids_BT, counts_BT)
+        states_MD = model.states_at(batch.input_ids_BT, counts_BT, self._replayed(batch))
         logprob_M, entropy_M = head_logprobs(model.head, states_MD, batch.target_ids_BT[counts_BT], self.temperature)
         values_M = None if self.critic is None else self.critic(batch.input_ids_BT, counts_BT, states_MD)
         beta = self.objective.divergence_beta
@@ -199,6 +204,16 @@ class PolicyModule(LanguageModule):
         empty_BT = torch.zeros(counts_BT.shape, dtype=logprob_M.dtype, device=logprob_M.device)
         found = (logprob_M, entropy_M, values_M, divergence_M)
         return Forward(*(None if x_M is None else empty_BT.masked_scatter(counts_BT, x_M) for x_M in found))  # type: ignore
+
+    def _replayed(self, batch: PolicyBatch) -> Tensor | None:
+        return batch.experts_BTLK if self.replay_routing else None
+
+    def _replay_metrics(self, tokens: Tensor | float) -> dict[str, Tensor]:
+        """Both counts per token that counts: their ratio over a step's micro-batches is that of its sums."""
+        found = [
+            replays for router in cast(CausalLM, self.model).routers() if (replays := router.take_replays()) is not None
+        ]
+        return {"router/replayed": torch.stack(found).sum(0) / tokens} if found else {}
 
     def _divergence(self, batch: PolicyBatch, states_MD: Tensor, beta: float) -> Tensor:
         with torch.no_grad(), self.reference.model() as teacher:
@@ -210,11 +225,16 @@ class PolicyModule(LanguageModule):
     @torch.no_grad()
     def old_logprobs(self, batch: PolicyBatch) -> Tensor:
         """The policy's log-probs as they are now, by the same forward as training's."""
-        return self._logprobs(cast(CausalLM, self.model), batch)
+        return self._logprobs(cast(CausalLM, self.model), batch, self._replayed(batch))
 
     @torch.no_grad()
     def ref_logprobs(self, batch: PolicyBatch) -> Tensor:
-        """The reference's log-probs."""
+        """The reference's log-probs, by its own routing: the experts that the policy's engine chose would make it a
+        model that nobody trained, and more so as the policy learns.
+
+        Trap: with replay the KL of a policy to a reference of the same weights is not 0 but that of the flipped routes,
+        about `mismatch/kl` without replay.
+        """
         with self.reference.model() as model:
             return self._logprobs(model, batch)
 
@@ -225,13 +245,16 @@ class PolicyModule(LanguageModule):
         batch, model = batch.to(self.device), cast(CausalLM, self.model)
         counts_BT = batch.mask_BT > 0
         with self.trainer.precision_plugin.forward_context():
-            states_MD = None if self.critic.trunk is not None else model.states_at(batch.input_ids_BT, counts_BT)
+            shared = self.critic.trunk is None
+            states_MD = model.states_at(batch.input_ids_BT, counts_BT, self._replayed(batch)) if shared else None
             values_M = self.critic(batch.input_ids_BT, counts_BT, states_MD)
         return torch.zeros(counts_BT.shape, dtype=values_M.dtype).masked_scatter(counts_BT.cpu(), values_M.cpu())
 
-    def _logprobs(self, model: CausalLM, batch: PolicyBatch) -> Tensor:
+    def _logprobs(self, model: CausalLM, batch: PolicyBatch, experts_BTLK: Tensor | None = None) -> Tensor:
+        if experts_BTLK is not None:
+            experts_BTLK = experts_BTLK.to(self.device)
         with self.trainer.precision_plugin.forward_context():
-            return token_logprobs(model, batch.to(self.device), self.temperature)[0].cpu()
+            return token_logprobs(model, batch.to(self.device), self.temperature, experts_BTLK)[0].cpu()
 
     def on_round(self, finished: Round) -> None:
         """Keeps the round's metrics for its steps, and hands the round to every callback that wants it."""

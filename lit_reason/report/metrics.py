@@ -188,6 +188,13 @@ MORE_METRICS: tuple[Metric, ...] = (
         "falls: heavy rejection is a smaller step; see mismatch/kl",
         low=0.5,
     ),
+    Metric(
+        "router/replayed",
+        "share of (token, MoE layer) that took the engine's experts where the trainer would have chosen others",
+        "below 0.1 in bf16, 0 in fp32",
+        "rises: engine and trainer see other weights or states; see mismatch/kl",
+        high=0.3,
+    ),
     Metric("critic/loss", "value loss per token", "falls, then steady", "rises: lower algorithm.critic.lr_factor"),
     Metric(
         "critic/explained_variance",

@@ -1,12 +1,13 @@
-"""The engine protocol: what RL asks of whatever generates."""
+"""The engine protocol: what RL asks of whatever generates, and what a proof of its weights asks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
@@ -46,4 +47,55 @@ class Engine(Protocol):
 
     def version(self) -> int:
         """The version last pushed, -1 before the first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor as an engine holds it: its dtype and shape, and `lit_reason.models.checksum.digest`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What an engine says of the token after a prompt.
+
+    Args:
+        logprobs: of the likeliest tokens (nats), by token id.
+        cached: how many of the prompt's tokens it took from its cache.
+    """
+
+    logprobs: Mapping[int, float]
+    cached: int
+
+
+@runtime_checkable
+class Provable(Engine, Protocol):
+    """An engine that can be asked what it holds (`lit_reason.sync.Proof`).
+
+    Attributes:
+        dtype: in which it computes.
+        prefix_block: tokens per block of its prefix cache; 0 if it keeps none from one call to the next.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def prefix_block(self) -> int: ...
+
+    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What a push of `model` sends, by the names of `held`."""
+        ...
+
+    def held(self) -> Mapping[str, Held]:
+        """Every parameter and buffer that it holds; what it derived from another, under that one's name, a blank and a
+        word; what no push changes, under a name that `export` does not have."""
+        ...
+
+    def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
+        """The `top` likeliest tokens after each prompt, at temperature 1."""
         ...

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,38 @@ def test_state_in_the_middle_of_a_round_continues_bit_for_bit(stub, make_loop):
     rest = list(resumed)
     assert_same(whole, first + rest)
     assert stages.events[0] == "push 2", "the round in progress must not be generated again"
+
+
+def test_experts_are_dealt_with_their_rows_and_kept_by_the_state(stub, make_loop):
+    def make(stages):
+        def generate(prompts, seeds, samples):
+            told = []
+            for prompt, c in zip(prompts, stages.generate(prompts, seeds, samples), strict=True):
+                read = torch.tensor((prompt.token_ids + c.token_ids)[:-1], dtype=torch.int16)
+                told.append(replace(c, experts_SLK=torch.stack((read, read + 100), -1)[:, None]))
+            return told
+
+        def old_logprobs(batch):
+            known = batch.experts_BTLK[..., 0, 0] >= 0  # the rows of a micro-batch, still padded to the round's length
+            assert torch.equal(batch.experts_BTLK[..., 0, 1][known], batch.input_ids_BT[known] + 100)
+            return stages.old_logprobs(batch)
+
+        return make_loop(replace(stages.stages(), generate=generate, old_logprobs=old_logprobs), **SHAPE)
+
+    whole, loop = list(make(stub())), make(stub())
+    for batch in whole:
+        known = batch.experts_BTLK[..., 0, 0] >= 0
+        assert batch.experts_BTLK.shape == (*batch.input_ids_BT.shape, 1, 2)
+        assert torch.equal(batch.experts_BTLK[..., 0, 0][known], batch.input_ids_BT[known])
+        used = (batch.mask_BT * torch.arange(batch.mask_BT.shape[1])).amax(1) + 1  # the last target's input is read
+        assert torch.equal(known.sum(1), used.long())
+    first = [next(loop) for _ in range(17)]
+    file = io.BytesIO()
+    torch.save(loop.state_dict(), file)
+    file.seek(0)
+    resumed = make(stub())
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(whole, first + list(resumed))
 
 
 def test_rows_without_a_verdict_do_not_count(stub, make_loop):

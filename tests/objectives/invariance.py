@@ -128,7 +128,7 @@ class Padded(nn.Module):
         super().__init__()
         self.model, self.head, self.config = model, model.head, model.config
 
-    def states_at(self, input_ids_BT, counts_BT):
+    def states_at(self, input_ids_BT, counts_BT, experts_BTLK=None):
         return self.model.hidden(input_ids_BT).states_BTD[counts_BT]
 
 

@@ -1,0 +1,196 @@
+"""An engine whose host runs in a process of its own, behind the engine protocol.
+
+first push      start the process with the model's shape
+every push      the export, some tensors at a time
+generate        answers with deadlines; if the process dies or stalls: once more, in a new one, from the same seeds
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.data.tokenizer import Tokenizer
+from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError, WeightSyncError
+from lit_reason.models.checksum import digest
+from lit_reason.rollout.engine import Held, NextToken, OnProgress
+from lit_reason.rollout.process import Deadlines, EngineProcess
+from lit_reason.rollout.sampling import Sampling
+from lit_reason.rollout.worker import Generated
+from lit_reason.types import Completion, Prompt
+
+log = logging.getLogger(__name__)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+class HostedEngine:
+    """Base of the engines in a process of their own; a subclass names the host and says what it is told.
+
+    Args:
+        tokenizer: for the stop tokens and the completions' text.
+        dtype: in which it computes.
+        cores: the CPU cores that its process may use, e.g. [1]; all if None.
+        deadlines: seconds by name (`Deadlines`).
+    """
+
+    HOST = ""
+    in_flight = True  # weights can be pushed while it generates
+    shares_weights = False
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: str = "bfloat16",
+        cores: Sequence[int] | None = None,
+        deadlines: Mapping[str, float] | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(DTYPES)}")
+        unknown = set(deadlines or {}) - set(Deadlines.__dataclass_fields__)
+        if unknown:
+            valid = ", ".join(Deadlines.__dataclass_fields__)
+            raise ConfigError(f"rollout.engine.deadlines has no {', '.join(sorted(unknown))}; valid: {valid}")
+        self.tokenizer, self.cores, self.deadlines = tokenizer, cores, Deadlines(**(deadlines or {}))
+        self._dtype = DTYPES[dtype]
+        self._process: EngineProcess | None = None
+        self._model: nn.Module | None = None
+        self._pushed: dict[str, int] = {}  # digests of the last push, to know the same weights again
+        self._context = 0
+        self._version = -1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def process(self) -> EngineProcess:
+        """Raises RolloutError before the first push."""
+        if self._process is None:
+            raise RolloutError("the engine has no weights yet: call engine.push(model, version) first")
+        return self._process
+
+    def version(self) -> int:
+        return self._version
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """What the host's constructor gets."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Variables of the host's process."""
+        return {}
+
+    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        raise NotImplementedError
+
+    def push(self, model: nn.Module, version: int) -> None:
+        if self._process is None or not self._process.alive:
+            self._start(model)
+        self._model, self._pushed = model, {}
+        try:
+            self.process.send("load", version, tensors=self._noting(model), silence_s=self.deadlines.push)
+        except (EngineDiedError, EngineStalledError):
+            raise
+        except RolloutError as error:
+            self.close()  # it may hold half of them
+            raise WeightSyncError(f"the engine refused the weights of version {version}: {error}") from error
+        self._version = version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        sample_idx: Sequence[int] | None = None,
+        progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        if len(seeds) != len(prompts):
+            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+        check_lengths(prompts, self._context)
+        requests = [(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+        def ask() -> list[Generated]:
+            return self.process.call("generate", requests, sampling, silence_s=self.deadlines.generate, heard=progress)
+
+        try:
+            found = ask()
+        except (EngineDiedError, EngineStalledError) as error:
+            log.warning("%s\nIt is started once more, and the same seeds are generated again.", error)
+            self._recover(error)
+            found = ask()
+        sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
+        return [
+            self._completion(prompt, idx, seed, one)
+            for prompt, idx, seed, one in zip(prompts, sample_idx, seeds, found, strict=True)
+        ]
+
+    def held(self) -> Mapping[str, Held]:
+        return self.process.call("held", silence_s=self.deadlines.push)
+
+    def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
+        return self.process.call("next_token", [list(ids) for ids in prompts], top, silence_s=self.deadlines.push)
+
+    def close(self) -> None:
+        """Ends its process; the next push starts another one."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _start(self, model: nn.Module) -> None:
+        self.close()
+        self._context = model.config.max_seq_len  # type: ignore[union-attr]
+        settings, start_s = self.settings(model), self.deadlines.start
+        self._process = EngineProcess(self.HOST, settings, start_s, self.environment(), self.cores)
+
+    def _noting(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.export(model):
+            self._pushed[name] = digest(tensor)
+            yield name, tensor
+
+    def _recover(self, cause: Exception) -> None:
+        """A new process with the weights of the old one: only possible while the policy has not moved on."""
+        model, before, version = self._model, self._pushed, self._version
+        assert model is not None
+        if {name: digest(tensor) for name, tensor in self.export(model)} != before:
+            raise RolloutError(
+                f"the engine is gone, and the policy has moved on since its version {version}: the same completions "
+                "cannot be generated again. The same command resumes from the last checkpoint"
+            ) from cause
+        self.push(model, version)
+
+    def _completion(self, prompt: Prompt, idx: int, seed: int, one: Generated) -> Completion:
+        ids = one.token_ids[:-1] if one.stopped else one.token_ids
+        return Completion(
+            prompt.id,
+            idx,
+            one.token_ids,
+            one.logprobs,
+            self.tokenizer.decode(list(ids)),
+            "stop" if one.stopped else "length",
+            one.version,
+            seed,
+            experts_SLK=None if one.experts_SLK is None else torch.from_numpy(one.experts_SLK),
+            switches=one.switches,
+        )
+
+
+def check_lengths(prompts: Sequence[Prompt], context: int) -> None:
+    """RolloutError for a prompt that leaves no room for an answer."""
+    for prompt in prompts:
+        if not 0 < len(prompt.token_ids) < context:
+            raise RolloutError(
+                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{context - 1} "
+                f"(model.max_seq_len={context} leaves at least one token for the answer)"
+            )
+
+
+def held_as_is(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Held]:
+    """What is held in the shape in which it was sent."""
+    return {
+        name: Held(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor))
+        for name, tensor in tensors
+    }

@@ -1,0 +1,199 @@
+"""After every weight push: does the engine hold what the trainer has?
+
+    tensors   the checksum of every parameter and buffer as the engine holds it = that of the trainer's export
+    flushed   canaries that were scored before the push are not found in the engine's cache
+    cached    scored again, now through the cache, the trainer's log-probs come out
+
+Checksums alone would not see a wrong name or layout on both sides, nor old keys and values; log-probs alone would not
+see a skipped push: at the learning rates of RL it moves them less than bfloat16 rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lit_reason.errors import ConfigError, WeightSyncError
+from lit_reason.models import CausalLM
+from lit_reason.models.checksum import digest
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Provable
+from lit_reason.rollout.sampling import Sampling
+from lit_reason.types import Completion, Prompt
+
+# The largest mean |log p engine - log p trainer| that rounding explains (nats).
+LIMITS = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+_QUANTISED = "float8"
+
+
+class Proof:
+    """What is asked of an engine after a push.
+
+    Args:
+        canaries: token ids whose continuation engine and trainer must agree on, at least one; texts that the model
+            knows, since rounding flips experts on others.
+        limit: the largest mean difference of log-probs (nats); by the engine's dtype if None (`LIMITS`).
+        top: how many of the likeliest next tokens are compared, weighted by their probability.
+
+    Raises:
+        WeightSyncError: by `check`: names the tensors that differ.
+    """
+
+    def __init__(self, canaries: Sequence[Sequence[int]], limit: float | None = None, top: int = 4) -> None:
+        if not canaries or not all(canaries):
+            raise ConfigError("a proof needs canaries: at least one, none of them empty")
+        self.canaries, self.limit, self.top = [list(ids) for ids in canaries], limit, top
+        self._still: dict[str, Held] = {}  # what no push changes
+
+    def check(self, engine: Provable, model: nn.Module, version: int) -> dict[str, float]:
+        """Raises WeightSyncError unless `engine` holds `model`; else what was measured."""
+        start = time.perf_counter()
+        count = self._check_tensors(engine, model, version)
+        gap = self._check_canaries(engine, model, version)
+        return {
+            "sync/tensors": float(count),
+            "sync/gap": gap,
+            "sync/proof_s": time.perf_counter() - start,
+        }
+
+    def _check_tensors(self, engine: Provable, model: nn.Module, version: int) -> int:
+        held, seen = dict(engine.held()), set()
+        faults: list[str] = []
+        for name, tensor in engine.export(model):
+            seen.add(name)
+            copies = [key for key in held if key.split(" ")[0] == name]
+            if not copies:
+                faults.append(f"{name} is missing")
+            faults += [f"{key} {fault}" for key in copies if (fault := _fault(tensor, held[key]))]
+        still = {name: one for name, one in held.items() if name.split(" ")[0] not in seen}
+        if self._still:
+            faults += [f"{name} has changed" for name in still if self._still.get(name) != still[name]]
+        if faults:
+            raise WeightSyncError(
+                f"after the push of version {version} the engine does not hold the policy: {len(faults)} of "
+                f"{len(held)} tensors are wrong: {'; '.join(faults[:8])}{' ...' if len(faults) > 8 else ''}"
+            )
+        self._still = still
+        return len(held)
+
+    def _check_canaries(self, engine: Provable, model: nn.Module, version: int) -> float:
+        first = engine.next_token(self.canaries, self.top)
+        if stale := sum(one.cached for one in first):
+            raise WeightSyncError(
+                f"after the push of version {version} the engine still had {stale} tokens of the canaries in its "
+                "prefix cache: keys and values of old weights"
+            )
+        second = engine.next_token(self.canaries, self.top)
+        block = engine.prefix_block
+        if block and any(one.cached == 0 for one, ids in zip(second, self.canaries, strict=True) if len(ids) > block):
+            raise WeightSyncError("the engine did not use its prefix cache for a canary that it had just read")
+        expected = list(next_logprobs(model, self.canaries))
+        gap = max(_gap(first, expected), _gap(second, expected))
+        limit = LIMITS[engine.dtype] if self.limit is None else self.limit
+        if not gap <= limit:
+            raise WeightSyncError(
+                f"after the push of version {version} the log-probs of engine and trainer differ by {gap:.3g} nats on "
+                f"average (limit {limit:g} in {str(engine.dtype).removeprefix('torch.')}), though the checksums agree: "
+                "a wrong name, layout or setting. If it is rounding: sync.limit"
+            )
+        return gap
+
+
+class ProvenEngine:
+    """An engine whose every push is proven; else it passes everything on.
+
+    Example::
+
+        engine = ProvenEngine(VLLMEngine(tokenizer), Proof(canaries))
+
+    Attributes:
+        measured: of the last proof: `sync/gap` (nats), `sync/tensors`, `sync/proof_s`.
+    """
+
+    def __init__(self, engine: Provable, proof: Proof) -> None:
+        self.engine, self.proof = engine, proof
+        self.measured: dict[str, float] = {}
+
+    def push(self, model: nn.Module, version: int) -> None:
+        self.engine.push(model, version)
+        self.measured = self.proof.check(self.engine, model, version)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        sample_idx: Sequence[int] | None = None,
+        progress: OnProgress | None = None,
+    ) -> list[Completion]:
+        return self.engine.generate(prompts, sampling, seeds, sample_idx, progress)
+
+    def version(self) -> int:
+        return self.engine.version()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.engine, name)
+
+
+def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, count: int = 8) -> list[list[int]]:
+    """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache.
+
+    Raises:
+        ConfigError: the model's context is too short for a cached prefix.
+    """
+    if block >= context:
+        raise ConfigError(
+            f"a canary needs more than {block} tokens (a block of the prefix cache), the context is {context}"
+        )
+    length = min(max(48, block + 16), context - 1)
+    found = []
+    for first in range(min(count, len(prompts))):
+        ids: list[int] = []
+        for step in range(length):
+            ids += prompts[(first + step * count) % len(prompts)]
+            if len(ids) >= length:
+                break
+        found.append(ids[: max(length, 1)])
+    return found
+
+
+@torch.no_grad()
+def next_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """log p of the token after each prompt (V,), by the forward that training uses, in the weights' own dtype."""
+    lm, training = cast(CausalLM, model), model.training
+    model.eval()
+    try:
+        for ids in prompts:
+            ids_1T = torch.tensor([list(ids)], device=lm.device)
+            counts_1T = torch.zeros_like(ids_1T, dtype=torch.bool)
+            counts_1T[0, -1] = True
+            with torch.autocast(lm.device.type, enabled=False):
+                yield lm.head(lm.states_at(ids_1T, counts_1T))[0].float().log_softmax(-1).cpu()
+    finally:
+        model.train(training)
+
+
+def _gap(said: Sequence[NextToken], expected: Sequence[Tensor]) -> float:
+    """Mean |difference| over the canaries' likeliest tokens, weighted by the engine's probabilities (nats)."""
+    total = 0.0
+    for one, logprobs_V in zip(said, expected, strict=True):
+        tokens, logprobs = zip(*one.logprobs.items(), strict=True)
+        theirs = torch.tensor(logprobs, dtype=torch.float64)
+        weights = theirs.softmax(0)
+        total += float((weights * (theirs - logprobs_V[list(tokens)].double()).abs()).sum())
+    return total / len(said)
+
+
+def _fault(tensor: Tensor, held: Held) -> str:
+    """What is wrong with the engine's copy; "" if nothing. A wider dtype of its own is no fault, a narrower one is."""
+    if held.dtype.startswith(_QUANTISED):
+        return ""  # its log-probs speak for it
+    dtype = getattr(torch, held.dtype)
+    if torch.promote_types(dtype, tensor.dtype) != dtype:
+        return f"is {held.dtype}, the trainer's {str(tensor.dtype).removeprefix('torch.')}"
+    if held.shape != tuple(tensor.shape):
+        return f"has shape {held.shape}, the trainer's {tuple(tensor.shape)}"
+    return "" if held.digest == digest(tensor.to(dtype)) else "differs"
