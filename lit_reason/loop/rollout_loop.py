@@ -115,15 +115,14 @@ class RolloutLoop:
         if not self.shape.in_flight:
             ahead.wait(1 if stages.freeze is not None else None)
             clock.lap("wait")
-        held = None
-        if ahead.busy and stages.freeze is not None and not self.shape.in_flight:
-            held = stages.freeze(r)
-        else:
-            stages.push(r)
+        push = partial(stages.push, r) if stages.freeze is None else stages.freeze(r)
+        if self.shape.in_flight or not ahead.busy:
+            push()
+            push = None
         clock.lap("sync")
         for later in range(r + len(ahead), min(r + self.shape.staleness + 1, self.shape.rounds)):
-            ahead.add(partial(self._make, later, held))
-            held = None
+            ahead.add(partial(self._make, later, push))
+            push = None
         rollout = ahead.take()
         clock.lap("wait")
         if rollout.age > self.shape.staleness:

@@ -105,9 +105,9 @@ class Stages:
         informative: (values_BR, weights_R, group_B, valid_B) -> bool (B,), rows of groups with a signal (`refills`).
         mismatch: batch -> KL(engine || trainer), 0-d; asked where `old_logprobs` are.
         check: raises when too many of a round's verifiers failed; given the scores of all that it generated.
-        freeze: version -> the same push of the weights as they are now, for later. With a staleness of 2 or more it is
-            used where the engine is still generating; without it, training waits.
-        shares_weights: the engine generates with the policy itself, so not while it is trained.
+        freeze: version -> a push of a copy of the weights as they are now, to be called now or later. With a staleness
+            the engine reads only such copies; without `freeze`, training waits until it is idle, and it must not
+            read the pushed weights afterwards.
         in_flight: `push` may be called while `generate` runs: the engine goes on with the new weights, and tells.
 
     With `RoundShape.staleness`, `generate`, `greedy`, `score`, `informative` and a frozen push run in another thread,
@@ -126,7 +126,6 @@ class Stages:
     mismatch: Callable[[PolicyBatch], Tensor] | None = None
     check: Callable[[Scores], None] | None = None
     freeze: Callable[[int], Callable[[], None]] | None = None
-    shares_weights: bool = False
     in_flight: bool = False
 
     def check_shape(self, shape: RoundShape) -> None:
@@ -140,12 +139,6 @@ class Stages:
             raise ConfigError(
                 f"rollout.shape.refills={shape.refills}: the objective does not compare the completions of a prompt, "
                 "so none of its groups is without a signal. Type rollout.shape.refills=0"
-            )
-        if self.shares_weights and shape.staleness:
-            raise ConfigError(
-                f"rollout.shape.staleness={shape.staleness}: this engine generates with the very weights that are "
-                "trained meanwhile. Type rollout.engine.dtype=bfloat16, which makes a copy, or "
-                "rollout.shape.staleness=0"
             )
         if shape.in_flight and not self.in_flight:
             raise ConfigError(

@@ -111,9 +111,8 @@ class PolicyModule(LanguageModule):
         """What a round of this policy calls.
 
         Args:
-            engine: generates with this policy's weights, by `sampling`. What it can is asked of two attributes, if it
-                has them: `shares_weights` (it generates with the pushed model itself, not with a copy) and `in_flight`
-                (`push` may be called while `generate` runs in another thread).
+            engine: generates with this policy's weights, by `sampling`. If it has an attribute `in_flight` that
+                is true, `push` may be called while `generate` runs in another thread.
             score: e.g. `Rubric.score`; or `Rubric.judge`, with `check=Rubric.check` for the round as a whole.
             updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
             log_kl: log the KL to the reference even if the objective has no term for it.
@@ -152,7 +151,6 @@ class PolicyModule(LanguageModule):
             mismatch=_mismatch_kl,
             check=check,
             freeze=freeze,
-            shares_weights=getattr(engine, "shares_weights", False),
             in_flight=getattr(engine, "in_flight", False),
         )
 

@@ -1,6 +1,5 @@
 """A loop on stub stages, and a real run: model, engine, objective, Trainer."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,15 +104,6 @@ class Even:
         return scores([[share(c, lambda t: t % 2 == 0), share(c, lambda t: t < 128)] for c in completions])
 
 
-class Copying(BuiltinEngine):
-    """In float32, where log-probs can be compared exactly, and yet with weights of its own."""
-
-    shares_weights = False
-
-    def push(self, model, version):
-        super().push(copy.deepcopy(model), version)
-
-
 @pytest.fixture
 def real_run(tmp_path):
     """`real_run(name, algorithm=.., shape=.., callbacks=.., max_steps=..)`: everything real but the reward."""
@@ -133,8 +123,7 @@ def real_run(tmp_path):
         axes = yaml.safe_load((ALGORITHMS / f"{algorithm}.yaml").read_text())
         axes.pop("_target_")
         policy = PolicyModule(model, AdamW(lr=lr), Objective(**axes | changes), temperature=0.9, reference=reference)
-        if engine is None:
-            engine = (Copying if shape.staleness else BuiltinEngine)(ByteTokenizer(), dtype="float32")
+        engine = BuiltinEngine(ByteTokenizer(), dtype="float32") if engine is None else engine
         sampling = Sampling(temperature=0.9, max_tokens=10)
         record = SimpleNamespace(policy=policy, engine=engine, completions=[], rewards=[], folder=tmp_path / name)
 
@@ -143,15 +132,20 @@ def real_run(tmp_path):
                 on_push(policy.model)
             engine.push(policy.model, version)
 
+        def freeze(version):
+            if on_push:
+                on_push(policy.model)
+            return stages.freeze(version)
+
         def on_round(finished):
             record.completions.append([c for group in finished.groups for c in group.completions])
             record.rewards.append(torch.cat([group.scores.values_BR for group in finished.groups]))
             policy.on_round(finished)
 
         stages = policy.stages(engine, sampling, Even(), updates=shape.updates)
-        stages = replace(stages, push=push)  # the same, watched
+        watched = replace(stages, push=push, freeze=freeze)
         record.loop = RolloutLoop(
-            PromptCursor(prompts(7), seed=5), stages, shape, request_seed=request_seed, seed=1, max_completion=10,
+            PromptCursor(prompts(7), seed=5), watched, shape, request_seed=request_seed, seed=1, max_completion=10,
             pad_id=ByteTokenizer().pad_id, on_round=on_round,
         )  # fmt: skip
         record.trainer = L.Trainer(

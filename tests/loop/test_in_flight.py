@@ -124,7 +124,3 @@ def test_what_an_engine_can_is_asked_of_it(real_run):
     shape = RoundShape(rounds=2, prompts_per_round=3, group_size=4, micro_batches=2)
     assert real_run("tokens", shape=shape, engine=TokenEngine()).loop.stages.in_flight
     assert not real_run("builtin", shape=shape).loop.stages.in_flight
-    assert not real_run("own", shape=shape, engine=TokenEngine()).loop.stages.shares_weights
-    engine = TokenEngine()
-    engine.shares_weights = True
-    assert real_run("shares", shape=shape, engine=engine).loop.stages.shares_weights
