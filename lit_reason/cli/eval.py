@@ -32,12 +32,14 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> EvalReport:
     """Evaluate, print the table, write `items.jsonl` and `summary.json`; earlier ones are renamed, not overwritten."""
     from lit_reason.cli.build import build
+    from lit_reason.cli.engines import open_engine
     from lit_reason.cli.stages import evaluate_model, load_checkpoint
     from lit_reason.report.records import set_aside
 
     model, tokenizer = load_checkpoint(cfg.checkpoint)
     data = build(cfg, "data", tokenizer=tokenizer)
-    report = evaluate_model(cfg, model, data, pick_device(cfg.device))
+    with open_engine(cfg, tokenizer, data.prompts("all")) as engine:
+        report = evaluate_model(cfg, model, data, pick_device(cfg.device), engine)
     items, summary = Path(cfg.run_dir) / "items.jsonl", Path(cfg.run_dir) / "summary.json"
     for path in (items, summary):
         set_aside(path)

@@ -34,6 +34,7 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> list[Completion]:
     """Generate and print, question by question."""
     from lit_reason.cli.build import build
+    from lit_reason.cli.engines import open_engine
     from lit_reason.cli.stages import load_checkpoint
     from lit_reason.data import default_chat, prompt_id
     from lit_reason.rollout import request_seed
@@ -41,8 +42,6 @@ def run(cfg: DictConfig) -> list[Completion]:
 
     model, tokenizer = load_checkpoint(cfg.checkpoint)
     chat = default_chat(tokenizer)
-    engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
-    engine.push(model.to(pick_device(cfg.device)), version=0)
     prompts = [
         Prompt(prompt_id(text), text, "", "cli", tuple(chat.prompt_ids(tokenizer, text)))
         for text in questions(cfg)
@@ -50,7 +49,9 @@ def run(cfg: DictConfig) -> list[Completion]:
     ]
     samples = [i for _ in questions(cfg) for i in range(cfg.n)]
     seeds = [request_seed(cfg.seed, 0, prompt.id, i) for prompt, i in zip(prompts, samples, strict=True)]
-    completions = engine.generate(prompts, build(cfg, "rollout.sampling"), seeds, samples)
+    with open_engine(cfg, tokenizer, prompts) as engine:
+        engine.push(model.to(pick_device(cfg.device)), version=0)
+        completions = engine.generate(prompts, build(cfg, "rollout.sampling"), seeds, samples)
     for prompt, completion in zip(prompts, completions, strict=True):
         if completion.sample_idx == 0:
             print(f"\n{prompt.question}")

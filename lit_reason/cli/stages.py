@@ -24,6 +24,7 @@ from lit_reason.callbacks.progress import generation_line
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.checkpoint.atomic import write_bytes
 from lit_reason.cli.build import build
+from lit_reason.cli.engines import make_objective, open_engine
 from lit_reason.cli.hf import hf_folder, save_hf_policy, start_hf
 from lit_reason.cli.values import HANDED_IN
 from lit_reason.config.parameters import with_defaults
@@ -215,7 +216,8 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     trainer = make_trainer(cfg)
     _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions, checkpoint)
     if cfg.evaluation.n and trainer.is_global_zero:
-        report = evaluate_model(cfg, model, data, trainer.strategy.root_device)
+        with open_engine(cfg, data.tokenizer, data.prompts("all")) as engine:
+            report = evaluate_model(cfg, model, data, trainer.strategy.root_device, engine)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
         print(f"held-out problems: pass@1 {estimate}" + (f", format-blind {blind}" if blind else ""))
         write_summary(Path(cfg.run_dir), report.summary())
@@ -226,8 +228,19 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     """Reinforcement learning with verifiable rewards; writes `summary.json` with the before/after comparison."""
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
-    objective, shape, sampling = build(cfg, "algorithm"), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
+    with open_engine(cfg, data.tokenizer, data.prompts("all")) as engine:
+        return _run_rl(cfg, weights, checkpoint, data, model, engine)
+
+
+def _run_rl(
+    cfg: DictConfig,
+    weights: Path | None,
+    checkpoint: Path | None,
+    data: PromptData,
+    model: Transformer | HFModel,
+    engine: Engine,
+) -> Path:
+    objective, shape, sampling = make_objective(cfg), build(cfg, "rollout.shape"), build(cfg, "rollout.sampling")
     rubric = build(cfg, "rubric", rewards=build(cfg, "reward"))()
     if cfg.rollout.shuffle_rewards:
         rubric = ShuffledRubric(rubric)
@@ -266,10 +279,10 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     )
     device = trainer.strategy.root_device
     evaluates = cfg.evaluation.n and trainer.is_global_zero
-    before = evaluate_model(cfg, model, data, device) if evaluates else None
+    before = evaluate_model(cfg, model, data, device, engine) if evaluates else None
     _fit(cfg, trainer, policy, loop, checkpoint)
     if before is not None:
-        comparison = compare(before, evaluate_model(cfg, model, data, device))
+        comparison = compare(before, evaluate_model(cfg, model, data, device, engine))
         rich.print(comparison.table())
         summary = comparison.to_dict() | {
             "seconds": policy.seconds,
@@ -292,9 +305,10 @@ def check_context(data: PromptData, model: Transformer | HFModel) -> None:
         )
 
 
-def evaluate_model(cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device) -> EvalReport:
+def evaluate_model(
+    cfg: DictConfig, model: Transformer | HFModel, data: PromptData, device: torch.device, engine: Engine
+) -> EvalReport:
     """Verified rewards and the format-blind answer, on held-out problems. Leaves the model on `device`."""
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=data.tokenizer)()
     engine.push(model.to(device), 0)  # Lightning leaves a model on the CPU, before a fit and after it
     rewards = build(cfg, "reward")
     rewards.setdefault("answer", AnswerExact(weight=0.0))

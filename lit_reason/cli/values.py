@@ -24,6 +24,7 @@ HANDED_IN = {
     "priming.data": "data=NAME",
     "priming.seed": "seed=VALUE",
     "rollout.engine.tokenizer": "data.tokenizer=NAME",
+    "rollout.proof.prompts": "",
     "rubric.rewards": "'reward=[NAME,...]'",
     "trainer.callbacks": "'callbacks=[NAME,...]'",
     "trainer.logger": "logger=NAME",

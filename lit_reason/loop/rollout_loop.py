@@ -203,8 +203,10 @@ class RolloutLoop:
         self.on_round(Round(self._round, groups, advantages_B, tokens, metrics))
 
     def close(self) -> None:
-        """Begins no further round in the background; one that is being generated goes on. `next` begins them anew."""
+        """Begins no further round in the background, and waits for the one on the way: then the engine is free. `next`
+        begins them anew."""
         self._ahead.drop()
+        self._ahead.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """Integers, the cursor's integers, the tensors of the micro-batches not yet consumed, of all processes, and the

@@ -162,6 +162,14 @@ METRICS: tuple[Metric, ...] = (
 # Logged beside these, or with what they belong to.
 MORE_METRICS: tuple[Metric, ...] = (
     Metric(
+        "sync/gap",
+        "mean difference of the engine's and the trainer's log-probs on the canaries after a push (nats)",
+        "below 0.05 in bf16, 0.0001 in fp32",
+        "rises: engine and trainer compute differently; above rollout.proof.limit the run stops",
+    ),
+    Metric("sync/tensors", "tensors whose checksum in the engine was compared after a push", "constant", "0: no proof"),
+    Metric("sync/proof_s", "seconds that the proof of a push took", "well below a step", "rollout.proof.count=2"),
+    Metric(
         "mismatch/max",
         "largest difference of the engine's and the trainer's log-prob of one token (nats)",
         "below 0.5 in bf16",

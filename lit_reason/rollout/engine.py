@@ -78,14 +78,14 @@ class Provable(Engine, Protocol):
 
     Attributes:
         dtype: in which it computes.
-        prefix_block: tokens per block of its prefix cache; 0 if it keeps none from one call to the next.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...
 
-    @property
-    def prefix_block(self) -> int: ...
+    def prefix_block(self) -> int:
+        """Tokens per block of its prefix cache; 0 if it keeps none from one call to the next."""
+        ...
 
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """What a push of `model` sends, by the names of `held`."""

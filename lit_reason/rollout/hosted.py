@@ -8,16 +8,18 @@ generate        answers with deadlines; if the process dies or stalls: once more
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError, WeightSyncError
+from lit_reason.models import CausalLM
 from lit_reason.models.checksum import digest
-from lit_reason.rollout.engine import Held, NextToken, OnProgress
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress
 from lit_reason.rollout.process import Deadlines, EngineProcess
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.worker import Generated
@@ -114,7 +116,8 @@ class HostedEngine:
         requests = [(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
         def ask() -> list[Generated]:
-            return self.process.call("generate", requests, sampling, silence_s=self.deadlines.generate, heard=progress)
+            silence_s, heard = self.deadlines.generate, throttled(progress)
+            return self.process.call("generate", requests, sampling, silence_s=silence_s, heard=heard)
 
         try:
             found = ask()
@@ -142,7 +145,7 @@ class HostedEngine:
 
     def _start(self, model: nn.Module) -> None:
         self.close()
-        self._context = model.config.max_seq_len  # type: ignore[union-attr]
+        self._context = int(cast(CausalLM, model).config.max_seq_len)
         settings, start_s = self.settings(model), self.deadlines.start
         self._process = EngineProcess(self.HOST, settings, start_s, self.environment(), self.cores)
 
@@ -176,6 +179,19 @@ class HostedEngine:
             experts_SLK=None if one.experts_SLK is None else torch.from_numpy(one.experts_SLK),
             switches=one.switches,
         )
+
+
+def throttled(progress: OnProgress | None) -> OnProgress | None:
+    """Twice a second, as the builtin engine does; a host tells after every step."""
+    last = time.perf_counter()
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if progress is not None and (now.done == now.total or time.perf_counter() - last > 0.5):
+            last = time.perf_counter()
+            progress(now)
+
+    return None if progress is None else report
 
 
 def check_lengths(prompts: Sequence[Prompt], context: int) -> None:

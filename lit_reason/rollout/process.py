@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -176,7 +176,7 @@ class EngineProcess:
         if said == "died":
             raise self._died(kind)
         if said == "failed":
-            kind_of_error, text, trace = value
+            kind_of_error, text, trace = cast(tuple[str, str, str], value)
             raise RolloutError(f"{self.name} failed to {kind}: {kind_of_error}: {text}\nIn its process:\n{trace}")
         return said, value
 

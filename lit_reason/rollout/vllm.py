@@ -83,7 +83,6 @@ class VLLMEngine(HostedEngine):
         self._latent = True
         self._block: int | None = None
 
-    @property
     def prefix_block(self) -> int:
         if self._block is None:
             self._block = int(self.process.call("prefix_block", silence_s=self.deadlines.push))

@@ -35,9 +35,10 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+    module: Any
     for prefix, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding):
-            yield f"{prefix}.weight", module.weight[: module.org_vocab_size]
+            yield f"{prefix}.weight", module.get_parameter("weight")[: module.org_vocab_size]
         elif isinstance(module, LinearBase):
             yield from _linear(model, prefix, module)
         elif isinstance(module, RoutedExperts):

@@ -33,24 +33,36 @@ class Proof:
     """What is asked of an engine after a push.
 
     Args:
-        canaries: token ids whose continuation engine and trainer must agree on, at least one; texts that the model
-            knows, since rounding flips experts on others.
+        prompts: token ids of texts that the model knows, of which the canaries are made: on others rounding flips
+            experts.
         limit: the largest mean difference of log-probs (nats); by the engine's dtype if None (`LIMITS`).
         top: how many of the likeliest next tokens are compared, weighted by their probability.
 
-    Raises:
-        WeightSyncError: by `check`: names the tensors that differ.
+        count: how many canaries.
     """
 
-    def __init__(self, canaries: Sequence[Sequence[int]], limit: float | None = None, top: int = 4) -> None:
-        if not canaries or not all(canaries):
-            raise ConfigError("a proof needs canaries: at least one, none of them empty")
-        self.canaries, self.limit, self.top = [list(ids) for ids in canaries], limit, top
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], limit: float | None = None, top: int = 4, count: int = 8
+    ) -> None:
+        if not prompts or not all(prompts):
+            raise ConfigError("a proof needs prompts to make canaries of: at least one, none of them empty")
+        for name, value in (("limit", limit), ("top", top), ("count", count)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"rollout.proof.{name}={value}: must be above 0")
+        self.prompts, self.limit, self.top, self.count = prompts, limit, top, count
+        self._canaries: list[list[int]] = []
         self._still: dict[str, Held] = {}  # what no push changes
 
     def check(self, engine: Provable, model: nn.Module, version: int) -> dict[str, float]:
-        """Raises WeightSyncError unless `engine` holds `model`; else what was measured."""
+        """What was measured.
+
+        Raises:
+            WeightSyncError: the engine does not hold `model`; names the tensors that differ.
+        """
         start = time.perf_counter()
+        if not self._canaries:
+            context = int(cast(CausalLM, model).config.max_seq_len)
+            self._canaries = canaries_of(self.prompts, engine.prefix_block(), context, self.count)
         count = self._check_tensors(engine, model, version)
         gap = self._check_canaries(engine, model, version)
         return {
@@ -80,24 +92,24 @@ class Proof:
         return len(held)
 
     def _check_canaries(self, engine: Provable, model: nn.Module, version: int) -> float:
-        first = engine.next_token(self.canaries, self.top)
+        first = engine.next_token(self._canaries, self.top)
         if stale := sum(one.cached for one in first):
             raise WeightSyncError(
                 f"after the push of version {version} the engine still had {stale} tokens of the canaries in its "
                 "prefix cache: keys and values of old weights"
             )
-        second = engine.next_token(self.canaries, self.top)
-        block = engine.prefix_block
-        if block and any(one.cached == 0 for one, ids in zip(second, self.canaries, strict=True) if len(ids) > block):
+        second = engine.next_token(self._canaries, self.top)
+        block = engine.prefix_block()
+        if block and any(one.cached == 0 for one, ids in zip(second, self._canaries, strict=True) if len(ids) > block):
             raise WeightSyncError("the engine did not use its prefix cache for a canary that it had just read")
-        expected = list(next_logprobs(model, self.canaries))
+        expected = list(next_logprobs(model, self._canaries))
         gap = max(_gap(first, expected), _gap(second, expected))
         limit = LIMITS[engine.dtype] if self.limit is None else self.limit
         if not gap <= limit:
             raise WeightSyncError(
                 f"after the push of version {version} the log-probs of engine and trainer differ by {gap:.3g} nats on "
                 f"average (limit {limit:g} in {str(engine.dtype).removeprefix('torch.')}), though the checksums agree: "
-                "a wrong name, layout or setting. If it is rounding: sync.limit"
+                "a wrong name, layout or setting. If it is rounding: rollout.proof.limit"
             )
         return gap
 
@@ -107,7 +119,7 @@ class ProvenEngine:
 
     Example::
 
-        engine = ProvenEngine(VLLMEngine(tokenizer), Proof(canaries))
+        engine = ProvenEngine(VLLMEngine(tokenizer), Proof([prompt.token_ids for prompt in prompts]))
 
     Attributes:
         measured: of the last proof: `sync/gap` (nats), `sync/tensors`, `sync/proof_s`.
@@ -138,7 +150,7 @@ class ProvenEngine:
         return getattr(self.engine, name)
 
 
-def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, count: int = 8) -> list[list[int]]:
+def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, count: int) -> list[list[int]]:
     """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache.
 
     Raises:

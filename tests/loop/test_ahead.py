@@ -286,8 +286,9 @@ def test_closed_it_begins_nothing_more_and_may_go_on_later(stub, make_loop):
     loop = make_loop(Rounds(stub, gate).stages(), staleness=3, **SHAPE)
     first = [next(loop)]
     assert gate.wait_begun(2)
+    threading.Timer(0.2, gate.allow, [10]).start()
     loop.close()
-    gate.allow(10)
+    assert gate.ended == 2, "the engine is free"
     assert [rollout["index"] for rollout in state_of(loop)["ahead"]] == [1] and gate.begun == 2
     assert_same(first + list(loop), list(make_loop(Rounds(stub, Gate()).stages(), **SHAPE)))
 

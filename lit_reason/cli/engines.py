@@ -1,0 +1,46 @@
+"""What generates in a run: the engine, its pushes proven, and the objective that makes up for its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from omegaconf import DictConfig
+
+from lit_reason.cli.build import build
+from lit_reason.config.resolve import to_plain
+from lit_reason.data import Tokenizer
+from lit_reason.objectives import Objective
+from lit_reason.rollout import Engine, Provable
+from lit_reason.sync import ProvenEngine
+from lit_reason.types import Prompt
+
+CANARIES = 64  # prompts of which a proof makes its canaries
+
+
+@contextmanager
+def open_engine(cfg: DictConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[Engine]:
+    """The engine; whatever it started is ended with the block.
+
+    Args:
+        prompts: some of which the canaries of the pushes' proofs are made.
+    """
+    engine: Engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
+    proof = cfg.rollout.get("proof")
+    try:
+        if proof is not None and isinstance(engine, Provable):
+            texts = [prompt.token_ids for prompt in prompts[:CANARIES]]
+            yield ProvenEngine(engine, build(cfg, "rollout.proof", prompts=texts)())
+        else:
+            yield engine
+    finally:
+        if hasattr(engine, "close"):
+            engine.close()  # type: ignore[attr-defined]
+
+
+def make_objective(cfg: DictConfig) -> Objective:
+    """The algorithm's objective, with the engine's correction unless the algorithm says what it wants itself."""
+    correction = cfg.rollout.get("correction")
+    if correction is None or "correction" in cfg.algorithm:
+        return build(cfg, "algorithm")
+    return build(cfg, "algorithm", correction=to_plain(correction))
