@@ -46,7 +46,7 @@ LOCKED = (
     *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
-    *("rollout.shape.refills", "rollout.shape.mask_truncated"),
+    *(f"rollout.shape.{key}" for key in ("refills", "mask_truncated", "staleness", "in_flight")),
 )
 # Nodes that are younger than some runs, as those runs used them.
 BEFORE = {"environment": {}, "rubric": {"_target_": "lit_reason.rewards.Rubric", "_partial_": True}}
