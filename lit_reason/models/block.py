@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lit_reason.models.attention import Attend
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, SwiGLU
-from lit_reason.models.mla import MLA, Cursor
+from lit_reason.models.mla import MLA, AttendLatents
 from lit_reason.models.moe import MoE
 
 
@@ -30,8 +30,8 @@ class Block(nn.Module):
         x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
         return self._feed_forward(x, valid)
 
-    def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
-        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
+    def decode(self, x: Tensor, rotation: Tensor, attend: AttendLatents) -> Tensor:
+        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, attend), alpha=self.scale)
         return self._feed_forward(x, None)[0]
 
     def _feed_forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -97,12 +97,12 @@ def generate_with_drafts(
             row, token, draft, position = row[kept], token[kept], draft[kept], position[kept]
         at = position.clamp_max(room - 2)  # of finished rows that are still here
         cursor = model.cursor(torch.stack((at, at + 1), dim=1), cache)
-        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), cursor, cache)
+        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), cursor)
         next_R2, logprob_R2 = _greedy(model.head(states_R2D))
         hit = next_R2[:, 0] == draft
         drafted += out.add(row, next_R2[:, 0], logprob_R2[:, 0], out.alive_B[row])
         accepted += out.add(row, next_R2[:, 1], logprob_R2[:, 1], hit)
-        drafts_R2 = model.draft(states_R2D, next_R2, cursor, cache).argmax(-1)
+        drafts_R2 = model.draft(states_R2D, next_R2, cursor).argmax(-1)
         last = hit.long()[:, None]
         token, draft = next_R2.gather(1, last).squeeze(1), drafts_R2.gather(1, last).squeeze(1)
         position = position + 1 + hit
