@@ -58,7 +58,7 @@ def builtin(job: Job) -> tuple[Generate, dict[str, Any]]:
 
 
 def transformers(job: Job) -> tuple[Generate, dict[str, Any]]:
-    """`generate` batch after batch, left-padded; each batch runs until its longest row, and only what was asked counts."""
+    """`generate` batch after batch, left-padded; each runs until its longest row, and only what was asked counts."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
