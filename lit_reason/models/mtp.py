@@ -9,6 +9,8 @@ Embedding and head are the trunk's own. Where the paper writes [h; emb], the rel
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,8 @@ class MTPModule(nn.Module):
 
     def decode(self, states: Tensor, embedded: Tensor, rotation: Tensor, attend: AttendLatents) -> Tensor:
         """The same states for a few tokens (B, K, D), the others read from the cache."""
-        return self.norm(self.block.decode(self._join(states, embedded), rotation, attend))
+        attention = partial(self.block.attn.decode, rotation_BKR=rotation, attend=attend)
+        return self.norm(self.block.decode(self._join(states, embedded), attention))
 
     def _join(self, states: Tensor, embedded: Tensor) -> Tensor:
         return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(states)), dim=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from lit_reason.models.block import Block
 from lit_reason.models.cache import Cursor, LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, compute_dtype
+from lit_reason.models.mla import AttendLatents
 from lit_reason.models.moe import Router
 from lit_reason.models.mtp import MTPModule
 from lit_reason.models.packing import Packed, pack
@@ -35,6 +37,12 @@ class Place(Protocol):
     def attend(self, layer: int, q_THC: Tensor, new_BKC: Tensor) -> Tensor:
         """`mla.AttendLatents` of that layer."""
         ...
+
+
+class Decoder(Protocol):
+    """One layer's attention as it decodes: `MLA`, or another layout of its weights."""
+
+    def decode(self, x_BKD: Tensor, rotation_BKR: Tensor, attend: AttendLatents) -> Tensor: ...
 
 
 class Transformer(nn.Module):
@@ -161,13 +169,18 @@ class Transformer(nn.Module):
         """Where `decode_states` and `draft` shall read and write; the cache grows to hold these positions."""
         return Cursor(position_BK, cache, self.config.heads)
 
-    def decode_states(self, token_BK: Tensor, at: Place) -> Tensor:
-        """K tokens per row at `at`'s positions; the states_BKD that the head reads."""
+    def decode_states(self, token_BK: Tensor, at: Place, layers: Sequence[Decoder] | None = None) -> Tensor:
+        """K tokens per row at `at`'s positions; the states_BKD that the head reads.
+
+        Args:
+            layers: what decodes in the place of the blocks' attention (`absorbed.Absorbed`).
+        """
         x = self.embed(token_BK)
         rotation_BKR = rope_table(self.config, token_BK.device)[at.position_BK]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = block.decode(x, rotation_BKR, partial(at.attend, i))
+            decoder = block.attn if layers is None else layers[i]
+            x = block.decode(x, partial(decoder.decode, rotation_BKR=rotation_BKR, attend=partial(at.attend, i)))
         return self.norm(x)
 
     def draft(self, states_BKD: Tensor, next_BK: Tensor, at: Place) -> Tensor:

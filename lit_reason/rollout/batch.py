@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lit_reason.models import CausalLM, Transformer
+from lit_reason.models.absorbed import Absorbed
+from lit_reason.models.block import Block
 from lit_reason.models.cohorts import Cohort, Cohorts
 from lit_reason.models.layers import round_up
 
@@ -40,6 +42,7 @@ class CohortBatch:
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.rows = model, Cohorts()
+        self.layers = [Absorbed(cast(Block, block).attn) for block in model.blocks]
 
     def admit(self, prompts: Ids) -> tuple[Tensor, Tensor]:
         cache, logits_PV, length_P, prompt_B = prefill(self.model, prompts)
@@ -51,7 +54,7 @@ class CohortBatch:
 
     def step(self, token_B: Tensor, position_B: Tensor) -> Tensor:
         self.rows.begin(position_B)
-        logits_BV = self.model.head(self.model.decode_states(token_B[:, None], self.rows)[:, 0])
+        logits_BV = self.model.head(self.model.decode_states(token_B[:, None], self.rows, self.layers)[:, 0])
         self.rows.end()
         return logits_BV
 
@@ -60,7 +63,8 @@ class CacheBatch:
     """Rows of any model, in one cache."""
 
     def __init__(self, model: CausalLM) -> None:
-        self.model, self.cache = model, None
+        self.model = model
+        self.cache: Any = None
 
     def admit(self, prompts: Ids) -> tuple[Tensor, Tensor]:
         cache, logits_PV, _, prompt_B = prefill(self.model, prompts)
