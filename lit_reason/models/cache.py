@@ -55,13 +55,6 @@ class LatentCache:
         """Keeps (or repeats) the rows of `index_B`: drops finished rows, or fans a shared prefix out."""
         self.layers = [layer.index_select(0, index_B) for layer in self.layers]
 
-    def join(self, other: LatentCache) -> None:
-        """Takes the rows of another cache in, behind its own."""
-        capacity = max(self.layers[0].shape[1], other.layers[0].shape[1])
-        self.grow(capacity)
-        other.grow(capacity)
-        self.layers = [torch.cat(pair) for pair in zip(self.layers, other.layers, strict=True)]
-
     def bytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
 

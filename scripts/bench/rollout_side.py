@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-Generate = Callable[[int], int]  # passes over the first n requests; how many useful tokens that made
+Generate = Callable[[int], int]  # generates the first n requests; how many tokens that were asked for
 
 
 def builtin(job: Job) -> tuple[Generate, dict[str, Any]]:
