@@ -36,7 +36,7 @@ COMMON = (
 )
 ARMS = {"synchronous": 0, "staleness 1": 1, "staleness 2": 2}
 ENGINES = {
-    "process": ("rollout.engine._target_=lit_reason.rollout.BuiltinProcess", "rollout.engine.cores=[1]"),
+    "process": ("rollout=builtin_process", "rollout.engine.cores=[1]"),
     "thread": (),
 }
 WARM_UP = 3  # rounds at the start that no time is taken of

@@ -1,8 +1,18 @@
 """Generation: the engine protocol, the builtin engine, sampling."""
 
 from lit_reason.rollout.builtin import BuiltinEngine
+from lit_reason.rollout.builtin_process import BuiltinProcess
 from lit_reason.rollout.engine import Engine, Progress, Provable
 from lit_reason.rollout.sampling import Sampling, request_seed
 from lit_reason.rollout.vllm import VLLMEngine
 
-__all__ = ["BuiltinEngine", "Engine", "Progress", "Provable", "Sampling", "VLLMEngine", "request_seed"]
+__all__ = [
+    "BuiltinEngine",
+    "BuiltinProcess",
+    "Engine",
+    "Progress",
+    "Provable",
+    "Sampling",
+    "VLLMEngine",
+    "request_seed",
+]

@@ -13,20 +13,20 @@ Left out: captured or compiled steps. A step on a CPU costs its products, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models import CausalLM, Transformer
-from lit_reason.models.adapters import adapters, merged_copy, merged_weights
+from lit_reason.models.adapters import adapters, merged_copy, merged_weights, plain_name
 from lit_reason.rollout.batch import Ids
 from lit_reason.rollout.continuous import Row, generate_rows
-from lit_reason.rollout.engine import OnProgress, Progress
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, held_as_is
 from lit_reason.rollout.experts import ExpertLog
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.speculative import generate_with_drafts
@@ -110,6 +110,32 @@ class BuiltinEngine:
             for name, target in (*self._model.named_parameters(), *self._model.named_buffers()):
                 target.copy_(sources[name])
         self._version = version
+
+    def prefix_block(self) -> int:
+        """It keeps no keys and values from one call to the next."""
+        return 0
+
+    @torch.no_grad()
+    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See `Provable.export`: parameters in the engine's dtype but for the routers', buffers as they are."""
+        parameters = {plain_name(name) for name, _ in model.named_parameters()}
+        for name, tensor in merged_weights(model).items():
+            yield name, tensor.to(self.dtype) if name in parameters and ".router." not in name else tensor
+
+    def held(self) -> Mapping[str, Held]:
+        module = cast(nn.Module, self.model)
+        return held_as_is((*module.named_parameters(), *module.named_buffers()))
+
+    @torch.inference_mode()
+    def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
+        found = []
+        for ids in prompts:
+            ids_1T = torch.tensor([list(ids)], device=self.model.device)
+            cache = self.model.new_cache(1, len(ids))
+            logits_1V = self.model.prefill(ids_1T, torch.tensor([len(ids)], device=ids_1T.device), cache)
+            best = logits_1V[0].float().log_softmax(-1).topk(top)
+            found.append(NextToken(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), cached=0))
+        return found
 
     @torch.inference_mode()
     def generate(
