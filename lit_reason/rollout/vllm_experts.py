@@ -108,7 +108,7 @@ def _runner(worker: Any) -> Any:
 
 def _moe_runners(model: Any) -> list[Any]:
     """Its MoE layers, in order."""
-    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     found = sorted((m for m in model.modules() if isinstance(m, MoERunner)), key=lambda runner: runner.layer_id)
     if not found:

@@ -182,7 +182,7 @@ def _prepare_reload(worker: Any) -> None:
     """vLLM's CPU build lays experts out for its kernel only when it makes the kernel: let it make it anew."""
     if worker.device.type == "cpu":
         for module in worker.model_runner.get_model().modules():
-            method = getattr(module, "quant_method", None)
+            method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
 
