@@ -1,6 +1,7 @@
 """The experts that vLLM tells are those it used: its CPU build for real, against the trainer's own routers."""
 
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def agreement(model, prompts, completions):
     same, total = 0, 0
     for prompt, completion in zip(prompts, completions, strict=True):
         own = own_choice(model, (prompt.token_ids + completion.token_ids)[:-1])
-        told = completion.experts_SLK
+        told = torch.as_tensor(completion.experts_SLK)
         assert told.dtype == torch.int16 and told.shape == own.shape and (told >= 0).all()
         same += (told.sort(-1).values == own).all(-1).sum().item()
         total += own[..., 0].numel()
@@ -109,20 +110,22 @@ def test_after_a_push_in_flight_all_that_was_read_anew_has_the_experts_of_the_ne
     old, new = build(3), build(4)
     tight.push(old, 3)
     prompts = draw_prompts([20, 150, 30, 40, 10, 60], seed=4)
-    steps = []
+    steps = itertools.count(1)
 
     def push_once(progress):
-        steps.append(progress)
-        if len(steps) == 45:
+        if next(steps) == 90:  # the first are done after 80, the last begin after them
             tight.push(new, 4)
 
-    completions = tight.generate(prompts, Sampling(max_tokens=40), range(6), progress=push_once)
-    before = [i for i, c in enumerate(completions) if c.version == 3 and not c.switches]
+    requests = [(prompt.token_ids, seed) for seed, prompt in enumerate(prompts)]
+    found = tight.process.call("generate", requests, Sampling(max_tokens=80), silence_s=120, heard=push_once)
+    before = [i for i, one in enumerate(found) if one.version == 3 and not one.switches]
     after = [i for i in range(6) if i not in before]
-    assert before and any(completions[i].switches for i in after)
-    for model, which in ((old, before), (new, after)):
-        assert agreement(model, [prompts[i] for i in which], [completions[i] for i in which]) >= 0.999
-    assert agreement(old, [prompts[i] for i in after], [completions[i] for i in after]) < 0.5
+    assert before and any(found[i].switches for i in after)
+
+    def agree(model, which):
+        return agreement(model, [prompts[i] for i in which], [found[i] for i in which])
+
+    assert agree(old, before) >= 0.999 and agree(new, after) >= 0.999 and agree(old, after) < 0.5
 
 
 @needs_vllm
