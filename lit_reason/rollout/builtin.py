@@ -50,7 +50,7 @@ class BuiltinEngine:
         speculative: greedy requests (temperature 0) are decoded with drafts from the model's multi-token-prediction
             module: the same tokens in fewer steps. `drafted` and `accepted` count the drafts.
         return_experts: completions carry the experts that were chosen for every token (`Completion.experts_SLK`), of
-            a model with experts; not those decoded with drafts.
+            a model with experts, so that training can replay them; not those decoded with drafts.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BuiltinEngine:
         dtype: str = "bfloat16",
         max_rows: int = 512,
         speculative: bool = False,
-        return_experts: bool = False,
+        return_experts: bool = True,
     ) -> None:
         dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
         if dtype not in dtypes:
