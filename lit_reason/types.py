@@ -55,13 +55,15 @@ class Completion:
         token_ids: what was generated, the stop token included when `finish_reason == "stop"`.
         logprobs: the *engine's* log-probability of each token under the sampling temperature (nats).
         text: `token_ids` decoded, without the stop token.
-        finish_reason: `"stop"` for a stop token, `"length"` when `max_tokens` or the context was used up.
+        finish_reason: `"stop"` for a stop token, or where an environment ended it; `"length"` when `max_tokens`, the
+            context or an environment's number of turns was used up.
         version: the policy version whose weights generated it; of several, that of its first token.
         seed: the request's counter seed; the same seed and weights give the same tokens.
         mask: 1 for tokens that the policy wrote, 0 for those of an environment; None if it wrote all.
         experts_SLK: int16, the experts chosen for each of the S = prompt + completion - 1 tokens that the engine read,
             in each of L MoE layers; -1 where it does not know. None from an engine that does not tell.
         switches: (token, version) for each change of weights while it was generated: from that token on.
+        fault: why its environment failed, `""` if it did not; a completion with a fault is never scored.
     """
 
     prompt_id: str
@@ -75,6 +77,7 @@ class Completion:
     mask: tuple[int, ...] | None = None
     experts_SLK: Tensor | None = field(default=None, compare=False)  # == of tensors is no bool
     switches: tuple[tuple[int, int], ...] = ()
+    fault: str = ""
 
 
 class RewardState(IntEnum):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_reason.checkpoint.atomic import recording
 from lit_reason.errors import RolloutError
+from lit_reason.loop.metrics import token_ages
 from lit_reason.report.records import set_aside, write_rows
 from lit_reason.types import RewardState, RolloutGroup
 
@@ -23,8 +24,9 @@ class CompletionsTable(Callback):
     """Writes one file per round, `completions/step-00000012.jsonl`, one line per completion.
 
     A line holds step, prompt_id, sample_idx, source, question, answer, text, rewards (`{name: value}`, null where a
-    verifier failed), faults, total, advantage, version (of the policy), finish_reason, tokens, seed. Read it with
-    `pandas.read_json(path, lines=True)` or `jq`.
+    verifier failed), faults, total, advantage, version (of the policy that began it), age (rounds between the weights
+    that wrote its tokens and those that it trains, on average; null from a module without a `policy_version`),
+    finish_reason, tokens, seed. Read it with `pandas.read_json(path, lines=True)` or `jq`.
 
     A file is written whole or not at all. A resumed run drops the files of the steps it will do again; a run that
     starts at step 0 beside older files renames their folder to `completions.old-1`. With several ranks each writes its
@@ -68,7 +70,7 @@ class CompletionsTable(Callback):
         step: int,
     ) -> None:
         """One round: its groups, and the advantages of their completions in the same order."""
-        rows = table_rows(groups, advantages_B, step)
+        rows = table_rows(groups, advantages_B, step, getattr(pl_module, "policy_version", None))
         # a second round within one optimizer step joins the first
         self._rows = self._rows + rows if step == self._step else rows
         self._step = step
@@ -89,8 +91,10 @@ class CompletionsTable(Callback):
                 path.unlink()
 
 
-def table_rows(groups: Sequence[RolloutGroup], advantages_B: Tensor, step: int) -> list[dict[str, Any]]:
-    """The lines of one round."""
+def table_rows(
+    groups: Sequence[RolloutGroup], advantages_B: Tensor, step: int, version: int | None = None
+) -> list[dict[str, Any]]:
+    """The lines of one round, which trains the weights of `version`."""
     count = sum(len(group.completions) for group in groups)
     if len(advantages_B) != count:
         raise RolloutError(f"on_rollout got {len(advantages_B)} advantages for {count} completions; pass one per row")
@@ -115,6 +119,7 @@ def table_rows(groups: Sequence[RolloutGroup], advantages_B: Tensor, step: int) 
                     "total": total if all(ok) else None,
                     "advantage": next(advantages),
                     "version": completion.version,
+                    "age": None if version is None else token_ages(completion, version).mean().item(),
                     "finish_reason": completion.finish_reason,
                     "tokens": len(completion.token_ids),
                     "seed": completion.seed,

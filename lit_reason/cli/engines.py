@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from lit_reason.cli.build import build
 from lit_reason.config.resolve import to_plain
-from lit_reason.data import Tokenizer
+from lit_reason.data import ChatTemplate, Tokenizer
+from lit_reason.environments import EnvironmentEngine
 from lit_reason.objectives import Objective
 from lit_reason.rollout import Engine, Provable
 from lit_reason.sync import ProvenEngine
@@ -19,20 +20,24 @@ CANARIES = 64  # prompts of which a proof makes its canaries
 
 
 @contextmanager
-def open_engine(cfg: DictConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iterator[Engine]:
-    """The engine; whatever it started is ended with the block.
+def open_engine(
+    cfg: DictConfig, tokenizer: Tokenizer, chat: ChatTemplate, prompts: Sequence[Prompt]
+) -> Iterator[Engine]:
+    """The engine, its pushes proven, its completions in the turns of `environment` if there is one. Whatever it started
+    is ended with the block.
 
     Args:
-        prompts: some of which the canaries of the pushes' proofs are made.
+        prompts: some of which the canaries of the proofs are made.
     """
     engine: Engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
-    proof = cfg.rollout.get("proof")
+    used = engine
     try:
-        if proof is not None and isinstance(engine, Provable):
+        if cfg.rollout.get("proof") is not None and isinstance(engine, Provable):
             texts = [prompt.token_ids for prompt in prompts[:CANARIES]]
-            yield ProvenEngine(engine, build(cfg, "rollout.proof", prompts=texts)())
-        else:
-            yield engine
+            used = ProvenEngine(engine, build(cfg, "rollout.proof", prompts=texts)())
+        if cfg.environment:
+            used = EnvironmentEngine(used, build(cfg, "environment"), tokenizer, chat)
+        yield used
     finally:
         if hasattr(engine, "close"):
             engine.close()  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ def check(cfg: DictConfig) -> None:
     check_count(cfg, "n", least=1)
     check_count(cfg, "k", least=0)
     check_device(cfg)
-    check_config(OmegaConf.masked_copy(cfg, ["data", "reward", "rubric", "rollout"]), cfg.allow_targets)
+    check_config(OmegaConf.masked_copy(cfg, ["data", "reward", "rubric", "rollout", "environment"]), cfg.allow_targets)
 
 
 def run(cfg: DictConfig) -> EvalReport:
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> EvalReport:
 
     model, tokenizer = load_checkpoint(cfg.checkpoint)
     data = build(cfg, "data", tokenizer=tokenizer)
-    with open_engine(cfg, tokenizer, data.prompts("all")) as engine:
+    with open_engine(cfg, tokenizer, data.chat, data.prompts("all")) as engine:
         report = evaluate_model(cfg, model, data, pick_device(cfg.device), engine)
     items, summary = Path(cfg.run_dir) / "items.jsonl", Path(cfg.run_dir) / "summary.json"
     for path in (items, summary):

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_reason.cli.launch import check_count, check_device, launch, pick_device
 from lit_reason.config import check_config, check_run
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from lit_reason.types import Completion
@@ -28,7 +28,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"n={cfg.n} greedy completions are all the same. Type rollout.sampling.temperature=1")
     if not questions(cfg):
         raise ConfigError("prompt is empty. Type 'prompt=\"What is 12 + 30?\"'")
-    check_config(OmegaConf.masked_copy(cfg, ["rollout"]), cfg.allow_targets)
+    check_config(OmegaConf.masked_copy(cfg, ["rollout", "environment"]), cfg.allow_targets)
 
 
 def run(cfg: DictConfig) -> list[Completion]:
@@ -49,12 +49,14 @@ def run(cfg: DictConfig) -> list[Completion]:
     ]
     samples = [i for _ in questions(cfg) for i in range(cfg.n)]
     seeds = [request_seed(cfg.seed, 0, prompt.id, i) for prompt, i in zip(prompts, samples, strict=True)]
-    with open_engine(cfg, tokenizer, prompts) as engine:
+    with open_engine(cfg, tokenizer, chat, prompts) as engine:
         engine.push(model.to(pick_device(cfg.device)), version=0)
         completions = engine.generate(prompts, build(cfg, "rollout.sampling"), seeds, samples)
     for prompt, completion in zip(prompts, completions, strict=True):
         if completion.sample_idx == 0:
             print(f"\n{prompt.question}")
+        if completion.fault:
+            raise RolloutError(f"the environment failed: {completion.fault}")
         cut = "" if completion.finish_reason == "stop" else f"  [cut at {len(completion.token_ids)} tokens]"
         print(f"  {completion.text}{cut}")
     return completions

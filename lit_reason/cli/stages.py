@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 # What decides a model's numbers, for its card; paths and callbacks do not.
 RECIPE = (
     *("stages", "init", "seed", "model", "data", "text", "priming", "reward", "rubric", "rollout", "algorithm"),
-    *("reference", "adapter", "optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
+    *("environment", "reference", "adapter", "optimizer", "kernels", "trainer", "router_bias_rate", "evaluation"),
 )
 
 # What an evaluation takes over from `rubric`: all but the transforms, since it reports what the verifiers said.
@@ -216,7 +216,7 @@ def run_sft(cfg: DictConfig, weights: Path | None) -> Path:
     trainer = make_trainer(cfg)
     _fit(cfg, trainer, SFTModule(model, build(cfg, "optimizer"), cfg.router_bias_rate), solutions, checkpoint)
     if cfg.evaluation.n and trainer.is_global_zero:
-        with open_engine(cfg, data.tokenizer, data.prompts("all")) as engine:
+        with open_engine(cfg, data.tokenizer, data.chat, data.prompts("all")) as engine:
             report = evaluate_model(cfg, model, data, trainer.strategy.root_device, engine)
         estimate, blind = report.pass_at_1, report.pass_at_1_format_blind
         print(f"held-out problems: pass@1 {estimate}" + (f", format-blind {blind}" if blind else ""))
@@ -228,7 +228,7 @@ def run_rl(cfg: DictConfig, weights: Path | None) -> Path:
     """Reinforcement learning with verifiable rewards; writes `summary.json` with the before/after comparison."""
     checkpoint = resume_point(cfg)
     data, model = start(cfg, weights)
-    with open_engine(cfg, data.tokenizer, data.prompts("all")) as engine:
+    with open_engine(cfg, data.tokenizer, data.chat, data.prompts("all")) as engine:
         return _run_rl(cfg, weights, checkpoint, data, model, engine)
 
 

@@ -40,16 +40,16 @@ EVALUATION = "evaluation"
 # A resumed run may train longer, log elsewhere and use other devices; what decides its numbers must stay.
 LOCKED = (
     *("model", "data", "reward", "algorithm", "optimizer", "kernels", "text", "priming", "seed", "init"),
-    *("reference", "adapter"),
+    *("reference", "adapter", "environment"),
     # A run that stopped on too many faults may go on with another limit of them.
     *(f"rubric.{key}" for key in ("_target_", "weights", "scale", "clip", "conditions")),
     *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
-    *("rollout.shape.refills", "rollout.shape.mask_truncated"),
+    *(f"rollout.shape.{key}" for key in ("refills", "mask_truncated", "staleness", "in_flight")),
 )
 # Nodes that are younger than some runs, as those runs used them.
-BEFORE = {"rubric": {"_target_": "lit_reason.rewards.Rubric", "_partial_": True}}
+BEFORE = {"environment": {}, "rubric": {"_target_": "lit_reason.rewards.Rubric", "_partial_": True}}
 
 
 def main() -> None:

@@ -70,6 +70,7 @@ def check_values(cfg: DictConfig, stage: str) -> None:
     if stage != "pretrain":
         _check_rewards(cfg)
         _check_engine(cfg)
+        _check_environment(cfg)
         if cfg.adapter:
             checked_build(cfg, "adapter")
     if stage == "rl":
@@ -227,6 +228,17 @@ def _check_rewards(cfg: DictConfig) -> None:
     rubric = checked_build(cfg, "rubric")
     if getattr(rubric, "func", None) is Rubric:
         rubric(columns)
+
+
+def _check_environment(cfg: DictConfig) -> None:
+    """Our tools start nothing before they are called; an environment of another library is loaded late."""
+    target = str(cfg.environment.get("_target_"))
+    if target == "lit_reason.environments.Tools":
+        checked_build(cfg, "environment")
+    if target == "lit_reason.environments.Verifiers":
+        from lit_reason.environments.hosted import library
+
+        library()
 
 
 def _check_engine(cfg: DictConfig) -> None:

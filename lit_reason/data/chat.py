@@ -2,11 +2,14 @@
 
 <|bos|><|user|>QUESTION<|assistant|>            the prompt
 <think>THOUGHT</think><answer>ANSWER</answer><|end|>   the completion
+
+An environment writes into a completion: a tool's <result>TEXT</result>, or the next question of a conversation.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 from lit_reason.data.tokenizer import ByteTokenizer, Tokenizer
@@ -31,6 +34,8 @@ class ChatTemplate:
     answer_open: str = "<answer>"
     answer_close: str = "</answer>"
     end: str = "<|end|>"
+    result_open: str = "<result>"
+    result_close: str = "</result>"
 
     def render_prompt(self, question: str) -> str:
         """The prompt as text, for people; models get `prompt_ids`."""
@@ -58,6 +63,27 @@ class ChatTemplate:
             *tokenizer.encode(question),
             *tokenizer.encode(self.after_question, specials=True),
         ]
+
+    def result_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """What a tool said, as ids, to be read in the middle of a completion."""
+        return [
+            *tokenizer.encode(self.result_open, specials=True),
+            *tokenizer.encode(self.without_tags(text)),
+            *tokenizer.encode(self.result_close, specials=True),
+        ]
+
+    def next_question_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """A further message to the model, after the stop token of its own: `prompt_ids` without the first token."""
+        ids = self.prompt_ids(tokenizer, self.without_tags(text))
+        return ids[1:] if ids[0] == tokenizer.bos_id else ids
+
+    def without_tags(self, text: str) -> str:
+        """`text` without any of the tags: decoded, its own would look like the model's, and could answer for it."""
+        tags = (self.think_open, self.think_close, self.answer_open, self.answer_close)
+        pattern = "|".join(re.escape(tag) for tag in (*tags, self.result_open, self.result_close))
+        while (rest := re.sub(pattern, "", text)) != text:  # what is left of "<ans<answer>wer>" is a tag again
+            text = rest
+        return text
 
     def solution_ids(self, tokenizer: Tokenizer, thought: str, answer: str) -> list[int]:
         """The completion as ids, ending in the tokenizer's first stop token."""

@@ -25,7 +25,7 @@ def collate(
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start = len(prompt.token_ids)
         ids[b, : lengths[b]] = torch.tensor(prompt.token_ids + completion.token_ids)
-        mask[b, start : lengths[b]] = 1.0
+        mask[b, start : lengths[b]] = 1.0 if completion.mask is None else torch.tensor(completion.mask).float()
         rollout[b, start : lengths[b]] = torch.tensor(completion.logprobs)
     return PolicyBatch(
         input_ids_BT=ids[:, :-1],

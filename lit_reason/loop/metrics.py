@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_reason.loop.groups import join
-from lit_reason.types import RolloutGroup
+from lit_reason.types import Completion, RolloutGroup
 
 
 def round_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -28,6 +28,20 @@ def round_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     return metrics
 
 
+def token_ages(completion: Completion, version: int) -> Tensor:
+    """(T,) float32, rounds between the weights that wrote each of the policy's own tokens and those of `version`."""
+    ages_T = torch.full((len(completion.token_ids),), float(version - completion.version))
+    for token, switched in completion.switches:
+        ages_T[token:] = version - switched
+    return ages_T if completion.mask is None else ages_T[torch.tensor(completion.mask) > 0]
+
+
+def age_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+    """How old the tokens are in a round that trains the weights of `version`."""
+    ages_N = torch.cat([token_ages(completion, version) for group in groups for completion in group.completions])
+    return {"rollout/age/mean": ages_N.mean().item(), "rollout/age/max": ages_N.max().item()}
+
+
 def advantage_metrics(advantages_B: Tensor, valid_B: Tensor, G: int) -> dict[str, float]:
     """Groups without a signal, and the spread of the advantages."""
     silent_P = (advantages_B.unflatten(0, (-1, G)).abs() < 1e-6).all(1)  # batch norms leave rounding
@@ -43,13 +57,16 @@ class Clock:
     Args:
         training_since: when the round before began to train (s), None in a process's first round.
         training_tokens: completion tokens that it trained on, over all its epochs.
+
+    `generate` and `score` are measured where they run, which may be beside training; `wait` is what training waited for
+    them.
     """
 
-    def __init__(self, training_since: float | None, training_tokens: int) -> None:
+    def __init__(self, training_since: float | None = None, training_tokens: int = 0) -> None:
         self.last = time.perf_counter()
         self.train = self.last - training_since if training_since is not None else None
         self.training_tokens = training_tokens
-        self.laps: dict[str, float] = dict.fromkeys(("sync", "generate", "score", "prepare"), 0.0)
+        self.laps: dict[str, float] = dict.fromkeys(("sync", "wait", "generate", "score", "prepare"), 0.0)
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
@@ -64,6 +81,7 @@ class Clock:
             "speed/generate_tokens_per_s": tokens / max(self.laps["generate"], 1e-9),
             "speed/score_per_s": len(completions) / max(self.laps["score"], 1e-9),
             "speed/sync_s": self.laps["sync"],
+            "speed/wait_s": self.laps["wait"],
         }
         if self.train:
             rates["speed/train_tokens_per_s"] = self.training_tokens / self.train

@@ -6,7 +6,8 @@
          +--yield one PolicyBatch-->  Lightning's training_step, accumulation, optimizer step
 
 It has a `__len__`: without one Lightning fetches a batch ahead, and every rollout would be one step stale.
-Round r is generated when its first batch is asked for, which is after the last optimizer step of round r-1.
+Round r is generated when its first batch is asked for, which is after the last optimizer step of round r-1; with
+`staleness`, while rounds before it are trained (`ahead.py`).
 
 Several processes generate and score a share of the prompts each, then all know the whole round: statistics,
 denominators and the cut into batches do not depend on their number.
@@ -15,21 +16,23 @@ denominators and the cut into batches do not depend on their number.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_reason.errors import CheckpointError, ConfigError, RolloutError
+from lit_reason.errors import CheckpointError, RolloutError
+from lit_reason.loop.ahead import Ahead
 from lit_reason.loop.batching import collate, minibatches, split, take
-from lit_reason.loop.groups import apart, cut, greedy_rewards, join, with_greedy
-from lit_reason.loop.metrics import Clock, advantage_metrics, round_metrics
-from lit_reason.loop.ranks import all_or_none, gather, rank_and_size, share
+from lit_reason.loop.collect import Collector, Rollout
+from lit_reason.loop.groups import greedy_rewards, join, with_greedy
+from lit_reason.loop.metrics import Clock, advantage_metrics, age_metrics, round_metrics
+from lit_reason.loop.ranks import gather, rank_and_size, share
+from lit_reason.loop.saved import pack_rollout, unpack_rollout
 from lit_reason.loop.shape import Round, RoundShape, Stages
-from lit_reason.types import PolicyBatch, Prompt, RolloutGroup
+from lit_reason.types import PolicyBatch, RolloutGroup
 
 
 class RolloutLoop:
@@ -60,18 +63,11 @@ class RolloutLoop:
         self.prompts, self.stages, self.shape = prompts, stages, shape
         self.request_seed, self.seed = request_seed, seed
         self.max_completion, self.pad_id, self.on_round = max_completion, pad_id, on_round
-        if stages.old_logprobs is None and shape.updates > 1:
-            raise ConfigError(
-                f"{shape.updates} updates per round need Stages.old_logprobs, got None: "
-                "type policy.stages(..., updates=shape.updates)"
-            )
-        if stages.informative is None and shape.refills:
-            raise ConfigError(
-                f"rollout.shape.refills={shape.refills}: the objective does not compare the completions of a prompt, "
-                "so none of its groups is without a signal. Type rollout.shape.refills=0"
-            )
+        stages.check_shape(shape)
+        self.collect = Collector(prompts, stages, shape, request_seed, seed)
         self._round = 0
         self._buffer: list[list[PolicyBatch]] = []  # for every micro-batch to come, that of each process
+        self._ahead = Ahead()
         self._training_since: float | None = None
         self._training_tokens = 0
 
@@ -82,6 +78,7 @@ class RolloutLoop:
         return self
 
     def __next__(self) -> PolicyBatch:
+        self._ahead.check()
         if not self._buffer:
             if self._round == self.shape.rounds:
                 self._round = 0
@@ -91,79 +88,55 @@ class RolloutLoop:
         return self._buffer.pop(0)[rank_and_size()[0]]
 
     def _run_round(self) -> list[list[PolicyBatch]]:
+        self.shape.check_ranks(rank_and_size()[1])
         clock = Clock(self._training_since, self._training_tokens)
-        self.stages.push(self._round)
-        clock.lap("sync")
-        groups, silent, generated = self._collect(clock)
+        rollout = self._next_rollout(clock) if self.shape.staleness else self._newest_rollout(clock)
+        clock.laps |= rollout.seconds
+        groups = rollout.groups
         if self.stages.check is not None:
-            self.stages.check(with_greedy(generated))
-        batch = self._prepare(groups, silent)
+            self.stages.check(with_greedy(rollout.generated))
+        batch = self._prepare(groups, rollout.silent)
         clock.lap("prepare")
-        self._announce(groups, generated, batch, clock)
+        self._announce(rollout, batch, clock)
         self._training_since = time.perf_counter() - clock.laps["prepare"]  # its forwards are for training
         self._training_tokens = self.shape.epochs * sum(len(c.token_ids) for g in groups for c in g.completions)
         return self._deal(batch)
 
-    def _collect(self, clock: Clock) -> tuple[list[RolloutGroup], int, list[RolloutGroup]]:
-        """P groups, how many at their end carry no signal (known with `refills` alone), and all that were generated."""
-        P, kept, silent, dealt = self.shape.prompts_per_round, [], [], Counter[str]()
-        generated: list[RolloutGroup] = []
-        for refill in range(1 + self.shape.refills):
-            groups = self._rollout(self.prompts.next(P - len(kept)), dealt, clock)
-            generated += groups
-            if not self.shape.refills:
-                return groups, 0, groups
-            speaks = self._speaks(groups)
-            kept += [group for group, signal in zip(groups, speaks, strict=True) if signal]
-            silent += [group for group, signal in zip(groups, speaks, strict=True) if not signal]
-            if len(kept) == P or refill == self.shape.refills:
-                missing = P - len(kept)
-                return kept + silent[:missing], missing, generated
-        raise AssertionError("the last refill returns")
+    def _newest_rollout(self, clock: Clock) -> Rollout:
+        self.stages.push(self._round)
+        clock.lap("sync")
+        rollout = self.collect(self._round)
+        clock.lap("wait")
+        return rollout
 
-    def _rollout(self, prompts: Sequence[Prompt], dealt: Counter[str], clock: Clock) -> list[RolloutGroup]:
-        """One scored group per prompt. Every process makes its share of them and gets all."""
-        seeds = self._seeds(prompts, dealt)
-        with all_or_none():
-            groups = self._own_rollout(share(prompts), share(seeds), clock)
-        return gather(groups)
+    def _next_rollout(self, clock: Clock) -> Rollout:
+        """The next of the rounds made ahead. Before it is trained, its weights go to the engine for those to come."""
+        r, stages, ahead = self._round, self.stages, self._ahead
+        if not self.shape.in_flight:
+            ahead.wait(1 if stages.freeze is not None else None)
+            clock.lap("wait")
+        push = partial(stages.push, r) if stages.freeze is None else stages.freeze(r)
+        if self.shape.in_flight or not ahead.busy:
+            push()
+            push = None
+        clock.lap("sync")
+        for later in range(r + len(ahead), min(r + self.shape.staleness + 1, self.shape.rounds)):
+            ahead.add(partial(self._make, later, push))
+            push = None
+        rollout = ahead.take()
+        clock.lap("wait")
+        if rollout.age > self.shape.staleness:
+            raise RolloutError(
+                f"round {r} was generated by weights that are {rollout.age} rounds old, and rollout.shape.staleness="
+                f"{self.shape.staleness} is the most: the engine did not take over what was pushed, or tells a wrong "
+                "version"
+            )
+        return rollout
 
-    def _own_rollout(
-        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], clock: Clock
-    ) -> list[RolloutGroup]:
-        """This process's share."""
-        if not prompts:
-            return []
-        G = self.shape.group_size
-        repeated = [prompt for prompt in prompts for _ in range(G)]
-        flat_seeds = [seed for group in seeds for seed in group]
-        completions = self.stages.generate(repeated, flat_seeds, list(range(G)) * len(prompts))
-        greedy = self.stages.greedy(prompts) if self.stages.greedy is not None else None
-        clock.lap("generate")
-        groups = cut(prompts, completions, self.stages.score(repeated, completions))
-        if greedy is not None:
-            judged = apart(self.stages.score(prompts, greedy), 1)
-            groups = [replace(group, greedy=one) for group, one in zip(groups, judged, strict=True)]
-        clock.lap("score")
-        return groups
-
-    def _seeds(self, prompts: Sequence[Prompt], dealt: Counter[str]) -> list[list[int]]:
-        """G seeds a prompt. A prompt that is dealt twice in a round, around the end of an epoch, goes on counting its
-        samples: equal seeds would give equal completions."""
-        G, seeds = self.shape.group_size, []
-        for prompt in prompts:
-            first = dealt[prompt.id]
-            seeds.append([self.request_seed(self.seed, self._round, prompt.id, first + i) for i in range(G)])
-            dealt[prompt.id] += G
-        return seeds
-
-    def _speaks(self, groups: Sequence[RolloutGroup]) -> list[bool]:
-        """Whether each group carries a signal."""
-        assert self.stages.informative is not None
-        scores, G = join(groups), self.shape.group_size
-        group_B = torch.arange(len(groups)).repeat_interleave(G)
-        speaks_B = self.stages.informative(scores.values_BR, scores.weights_R, group_B, scores.valid_B)
-        return speaks_B.view(-1, G).any(1).tolist()
+    def _make(self, index: int, push: Callable[[], None] | None) -> Rollout:
+        if push is not None:
+            push()
+        return self.collect(index)
 
     def _prepare(self, groups: Sequence[RolloutGroup], silent: int) -> PolicyBatch:
         """The round as one batch with everything that training reads; `silent` groups at its end are masked."""
@@ -207,7 +180,6 @@ class RolloutLoop:
     def _deal(self, batch: PolicyBatch) -> list[list[PolicyBatch]]:
         """The micro-batches of every optimizer step, for each process one."""
         P, G, size = self.shape.prompts_per_round, self.shape.group_size, rank_and_size()[1]
-        self.shape.check_ranks(size)
         group_B = torch.arange(P).repeat_interleave(G)
         dealt = []
         for epoch in range(self.shape.epochs):
@@ -217,26 +189,34 @@ class RolloutLoop:
                 dealt += [parts[start : start + size] for start in range(0, len(parts), size)]
         return dealt
 
-    def _announce(
-        self, groups: Sequence[RolloutGroup], generated: Sequence[RolloutGroup], batch: PolicyBatch, clock: Clock
-    ) -> None:
+    def _announce(self, rollout: Rollout, batch: PolicyBatch, clock: Clock) -> None:
         """Rewards, lengths and rates are of all that was generated, groups and advantages of what is learnt from."""
         if self.on_round is None:
             return
+        groups, generated = rollout.groups, rollout.generated
         advantages_B = (batch.advantages_BT * batch.mask_BT).sum(1) / batch.mask_BT.sum(1).clamp_min(1)
         metrics = advantage_metrics(advantages_B, join(groups).valid_B, self.shape.group_size)
-        metrics |= round_metrics(generated) | clock.rates(generated)
+        metrics |= round_metrics(generated) | age_metrics(generated, self._round) | clock.rates(generated)
         if self.shape.refills:
             metrics["rollout/refilled"] = float(len(generated) - len(groups))
         tokens = sum(len(c.token_ids) for group in generated for c in group.completions)
         self.on_round(Round(self._round, groups, advantages_B, tokens, metrics))
 
+    def close(self) -> None:
+        """Begins no further round in the background, and waits for the one on the way: then the engine is free. `next`
+        begins them anew."""
+        self._ahead.drop()
+        self._ahead.wait()
+
     def state_dict(self) -> dict[str, Any]:
-        """Integers, the cursor's integers, and the tensors of the micro-batches not yet consumed, of all processes."""
+        """Integers, the cursor's integers, the tensors of the micro-batches not yet consumed, of all processes, and the
+        rounds generated ahead: those on the way are waited for, since the weights that make them are not saved."""
         fields = PolicyBatch.__dataclass_fields__
+        ahead = self._ahead.made()
         return {
             "round": self._round,
             "prompts": self.prompts.state_dict(),
+            "ahead": [pack_rollout(rollout) for rollout in ahead],
             "buffer": [
                 [{n: v for n in fields if (v := getattr(batch, n)) is not None} for batch in parts]
                 for parts in self._buffer
@@ -251,5 +231,11 @@ class RolloutLoop:
                 f"the checkpoint lies inside a round that was cut for {len(buffer[0])} processes, this run has {size}: "
                 f"type trainer.devices={len(buffer[0])}, or resume from a checkpoint between two rounds"
             )
-        self._round, self._buffer = state["round"], buffer
+        ahead = [unpack_rollout(rollout) for rollout in state.get("ahead", ())]
+        if (oldest := max((rollout.age for rollout in ahead), default=0)) > self.shape.staleness:
+            raise CheckpointError(
+                f"the checkpoint holds rounds that were generated {oldest} rounds ahead, and this run allows "
+                f"rollout.shape.staleness={self.shape.staleness}: type rollout.shape.staleness={oldest}"
+            )
+        self._round, self._buffer, self._ahead = state["round"], buffer, Ahead(ahead)
         self.prompts.load_state_dict(state["prompts"])

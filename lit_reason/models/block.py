@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lit_reason.models.attention import Attend
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, SwiGLU
-from lit_reason.models.mla import MLA, Cursor
+from lit_reason.models.mla import MLA
 from lit_reason.models.moe import MoE
 
 
@@ -36,8 +38,9 @@ class Block(nn.Module):
         x = torch.add(x, self.attn(self.attn_norm(x), rotation, attend, cache), alpha=self.scale)
         return self._feed_forward(x, valid, experts_NK)
 
-    def decode(self, x: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
-        x = torch.add(x, self.attn.decode(self.attn_norm(x), rotation, cache, at), alpha=self.scale)
+    def decode(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """The newest tokens; `attention` is the attention layer's `decode` at their positions."""
+        x = torch.add(x, attention(self.attn_norm(x)), alpha=self.scale)
         return self._feed_forward(x, None)[0]
 
     def _feed_forward(

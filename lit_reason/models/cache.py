@@ -57,3 +57,32 @@ class LatentCache:
 
     def bytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+
+class Cursor:
+    """Where each row of a decode step stands, and how it attends.
+
+    Args:
+        position_BK: int64, the positions that the new tokens take in their row.
+        cache: grows to hold them.
+        heads: H; a row has Q = K H queries, or one mask for all where K = 1.
+    """
+
+    def __init__(self, position_BK: Tensor, cache: LatentCache, heads: int) -> None:
+        cache.grow(int(position_BK.max()) + 1)
+        latents_BSC = cache.layers[0]
+        device, S = position_BK.device, latents_BSC.shape[1]
+        self.position_BK, self.cache = position_BK, cache
+        self.row_B1 = torch.arange(position_BK.shape[0], device=device)[:, None]
+        bias_BKS = torch.zeros(*position_BK.shape, S, dtype=latents_BSC.dtype, device=device)
+        bias_BKS.masked_fill_(torch.arange(S, device=device) > position_BK[..., None], float("-inf"))
+        self.bias_BQS = bias_BKS if position_BK.shape[1] == 1 else bias_BKS.repeat_interleave(heads, dim=1)
+
+    def attend(self, layer: int, q_THC: Tensor, new_BKC: Tensor) -> Tensor:
+        """Writes the new latents, then attends to everything up to each token itself; out_THC."""
+        cache_BSC = self.cache.layers[layer]
+        cache_BSC[self.row_B1, self.position_BK] = new_BKC.to(cache_BSC.dtype)
+        q_BQC = q_THC.reshape(len(cache_BSC), -1, q_THC.shape[-1])
+        weights_BQS = torch.baddbmm(self.bias_BQS, q_BQC, cache_BSC.transpose(1, 2)).softmax(-1)
+        # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
+        return torch.bmm(weights_BQS, cache_BSC).view(q_THC.shape)

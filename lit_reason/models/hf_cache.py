@@ -78,6 +78,17 @@ class PositionCache(Cache):
             assert isinstance(layer, PositionLayer)
             layer.reorder_cache(rows)  # type: ignore[arg-type]
 
+    def join(self, other: PositionCache) -> None:
+        """Takes the rows of another cache in, behind its own."""
+        for mine, more in zip(self.layers, other.layers, strict=True):
+            assert isinstance(mine, PositionLayer) and isinstance(more, PositionLayer)
+            slots = max(mine.get_seq_length(), more.get_seq_length())
+            assert (
+                mine.keys is not None and mine.values is not None and more.keys is not None and more.values is not None
+            )
+            mine.keys = torch.cat((_widened(mine.keys, slots), _widened(more.keys, slots)))
+            mine.values = torch.cat((_widened(mine.values, slots), _widened(more.values, slots)))
+
 
 def decode_mask(
     kinds: Sequence[str], window: int | None, position_B: Tensor, slots: int, dtype: torch.dtype

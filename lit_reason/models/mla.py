@@ -3,15 +3,20 @@ positions; N, R, Dv = qk_nope, qk_rope and v head dims; C = kv_lora_rank, the la
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
 from lit_reason.models.attention import Attend
-from lit_reason.models.cache import LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm
 from lit_reason.models.rope import apply_rope, softmax_scale
+
+# (q_THC, new_BKC) -> out_THC: scaled queries and the K newest latents of B rows, T = B K; C holds the rotary key, too,
+# whose part of the output means nothing.
+AttendLatents = Callable[[Tensor, Tensor], Tensor]
 
 
 class MLA(nn.Module):
@@ -59,34 +64,27 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, key_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         return self.out(attend(q, k, v, self.scale).flatten(-2))
 
-    def decode(self, x_BKD: Tensor, rotation_BKR: Tensor, cache_BSC: Tensor, at: Cursor) -> Tensor:
+    def decode(self, x_BKD: Tensor, rotation_BKR: Tensor, attend: AttendLatents) -> Tensor:
         """K tokens per row (mostly one), absorbed: scores and outputs live in the latent space.
 
         Args:
             x_BKD: the block's normalised input for the newest tokens of each row.
             rotation_BKR: the rotations of their positions, (B, K, R/2).
-            cache_BSC: this layer's latents; the new ones are written at `at.position_BK`.
-            at: where each row stands.
+            attend: puts the new latents into this layer's cache and attends to what each token may see.
         """
         B, K = x_BKD.shape[:2]
-        q_nope, q_rope = self._queries(x_BKD, rotation_BKR)
-        latent_BKC, key_rope_BKR = self._latents(x_BKD, rotation_BKR)
-        cache_BSC[at.row_B1, at.position_BK] = torch.cat((latent_BKC, key_rope_BKR), dim=-1).to(cache_BSC.dtype)
         if not isinstance(self.kv_b, nn.Linear):
             raise ConfigError(
                 "decoding reads kv_b's weight itself, which an adapter leaves as it is: decode with "
                 "lit_reason.models.lora.merged_copy(model), as the builtin engine does"
             )
+        q_nope, q_rope = (part.flatten(0, 1) * self.scale for part in self._queries(x_BKD, rotation_BKR))
+        new_BKC = torch.cat(self._latents(x_BKD, rotation_BKR), dim=-1)
         k_HNC, v_HVC = self.kv_b.weight.view(self.heads, -1, self.latent).split((self.nope, self.value), dim=1)
-        # The K tokens of a row are K H queries to the same latents. T = B K tokens, Q = K H queries.
-        q_latent_HTC = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), k_HNC)
-        q_THC = torch.cat((q_latent_HTC.transpose(0, 1), q_rope.flatten(0, 1)), dim=-1) * self.scale
-        weights_BQS = torch.baddbmm(at.bias_BQS, q_THC.view(B, K * self.heads, -1), cache_BSC.transpose(1, 2)).softmax(
-            -1
-        )
-        # Over the rotary part too, whose sum is dropped: a slice of the cache would be copied at every step.
-        out_THC = torch.bmm(weights_BQS, cache_BSC).view(B * K, self.heads, -1)[..., : self.latent]
-        out_HTV = torch.bmm(out_THC.transpose(0, 1), v_HVC.transpose(1, 2))
+        # T = B K tokens
+        q_latent_HTC = torch.bmm(q_nope.transpose(0, 1), k_HNC)
+        out_THC = attend(torch.cat((q_latent_HTC.transpose(0, 1), q_rope), dim=-1), new_BKC)
+        out_HTV = torch.bmm(out_THC[..., : self.latent].transpose(0, 1), v_HVC.transpose(1, 2))
         return self.out(out_HTV.transpose(0, 1).reshape(B, K, -1))
 
     def _queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,23 +95,3 @@ class MLA(nn.Module):
     def _latents(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         latent, key_rope = self.kv_a(x).split((self.latent, self.rope), dim=-1)
         return self.kv_norm(latent), apply_rope(key_rope, rotation)
-
-
-class Cursor:
-    """Where each row of a decode step stands.
-
-    Args:
-        position_BK: int64, the positions that the new tokens take in their row.
-        cache: grows to hold them.
-        heads: H; a row has Q = K H queries, or one mask for all where K = 1.
-    """
-
-    def __init__(self, position_BK: Tensor, cache: LatentCache, heads: int) -> None:
-        cache.grow(int(position_BK.max()) + 1)
-        latents_BSC = cache.layers[0]
-        device, S = position_BK.device, latents_BSC.shape[1]
-        self.position_BK = position_BK
-        self.row_B1 = torch.arange(position_BK.shape[0], device=device)[:, None]
-        bias_BKS = torch.zeros(*position_BK.shape, S, dtype=latents_BSC.dtype, device=device)
-        bias_BKS.masked_fill_(torch.arange(S, device=device) > position_BK[..., None], float("-inf"))
-        self.bias_BQS = bias_BKS if position_BK.shape[1] == 1 else bias_BKS.repeat_interleave(heads, dim=1)

@@ -9,6 +9,8 @@ Embedding and head are the trunk's own. Where the paper writes [h; emb], the rel
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from lit_reason.models.attention import Attend
 from lit_reason.models.block import Block
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm
-from lit_reason.models.mla import Cursor
+from lit_reason.models.mla import AttendLatents
 
 
 class MTPModule(nn.Module):
@@ -53,9 +55,10 @@ class MTPModule(nn.Module):
         x, balance = self.block(self._join(states, embedded), rotation, attend, cache, valid)
         return self.norm(x), balance
 
-    def decode(self, states: Tensor, embedded: Tensor, rotation: Tensor, cache: Tensor, at: Cursor) -> Tensor:
+    def decode(self, states: Tensor, embedded: Tensor, rotation: Tensor, attend: AttendLatents) -> Tensor:
         """The same states for a few tokens (B, K, D), the others read from the cache."""
-        return self.norm(self.block.decode(self._join(states, embedded), rotation, cache, at))
+        attention = partial(self.block.attn.decode, rotation_BKR=rotation, attend=attend)
+        return self.norm(self.block.decode(self._join(states, embedded), attention))
 
     def _join(self, states: Tensor, embedded: Tensor) -> Tensor:
         return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(states)), dim=-1))

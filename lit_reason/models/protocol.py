@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ class Cache(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows (int64 indices), in this order; a row may be named several times."""
+        ...
+
+    def join(self, other: Self) -> None:
+        """Takes the rows of another cache in, behind its own."""
         ...
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models.attention import causal
 from lit_reason.models.block import Block
-from lit_reason.models.cache import LatentCache
+from lit_reason.models.cache import Cursor, LatentCache
 from lit_reason.models.config import ModelConfig
 from lit_reason.models.layers import RMSNorm, compute_dtype
-from lit_reason.models.mla import Cursor
+from lit_reason.models.mla import AttendLatents
 from lit_reason.models.moe import MoE, Router
 from lit_reason.models.mtp import MTPModule
 from lit_reason.models.packing import Packed, pack
@@ -25,6 +27,22 @@ class Hidden(NamedTuple):
 
     states_BTD: Tensor
     balance: Tensor
+
+
+class Place(Protocol):
+    """Where the newest tokens of the rows stand: their positions, and attention to what came before."""
+
+    position_BK: Tensor
+
+    def attend(self, layer: int, q_THC: Tensor, new_BKC: Tensor) -> Tensor:
+        """`mla.AttendLatents` of that layer."""
+        ...
+
+
+class Decoder(Protocol):
+    """One layer's attention as it decodes: `MLA`, or another layout of its weights."""
+
+    def decode(self, x_BKD: Tensor, rotation_BKR: Tensor, attend: AttendLatents) -> Tensor: ...
 
 
 class Transformer(nn.Module):
@@ -164,33 +182,38 @@ class Transformer(nn.Module):
     def decode(self, token_B: Tensor, position_B: Tensor, cache: LatentCache) -> Tensor:
         """One token per row at `position_B`; logits_BV of the next."""
         at = self.cursor(position_B[:, None], cache)
-        return self.head(self.decode_states(token_B[:, None], at, cache)[:, 0])
+        return self.head(self.decode_states(token_B[:, None], at)[:, 0])
 
     def cursor(self, position_BK: Tensor, cache: LatentCache) -> Cursor:
         """Where `decode_states` and `draft` shall read and write; the cache grows to hold these positions."""
         return Cursor(position_BK, cache, self.config.heads)
 
-    def decode_states(self, token_BK: Tensor, at: Cursor, cache: LatentCache) -> Tensor:
-        """K tokens per row at the cursor's positions; the states_BKD that the head reads."""
+    def decode_states(self, token_BK: Tensor, at: Place, layers: Sequence[Decoder] | None = None) -> Tensor:
+        """K tokens per row at `at`'s positions; the states_BKD that the head reads.
+
+        Args:
+            layers: what decodes in the place of the blocks' attention (`absorbed.Absorbed`).
+        """
         x = self.embed(token_BK)
         rotation_BKR = rope_table(self.config, token_BK.device)[at.position_BK]
-        for block, layer in zip(self.blocks, cache.layers, strict=False):
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = block.decode(x, rotation_BKR, layer, at)
+            decoder = block.attn if layers is None else layers[i]
+            x = block.decode(x, partial(decoder.decode, rotation_BKR=rotation_BKR, attend=partial(at.attend, i)))
         return self.norm(x)
 
-    def draft(self, states_BKD: Tensor, next_BK: Tensor, at: Cursor, cache: LatentCache) -> Tensor:
+    def draft(self, states_BKD: Tensor, next_BK: Tensor, at: Place) -> Tensor:
         """The first multi-token-prediction module's logits_BKV of the token after `next_BK`.
 
         Args:
-            states_BKD: the trunk's, of `decode_states` at the same cursor.
+            states_BKD: the trunk's, of `decode_states` at the same place.
             next_BK: the token after each position.
-            cache: its layer after the trunk's belongs to the module and holds all positions before these.
+            at: its cache's layer after the trunk's belongs to the module and holds all positions before these.
         """
         rotation_BKR = rope_table(self.config, next_BK.device)[at.position_BK]
-        layer, module = cache.layers[len(self.blocks)], self.mtp[0]
+        module, attend = self.mtp[0], partial(at.attend, len(self.blocks))
         assert isinstance(module, MTPModule)
-        return self.head(module.decode(states_BKD, self.embed(next_BK), rotation_BKR, layer, at))
+        return self.head(module.decode(states_BKD, self.embed(next_BK), rotation_BKR, attend))
 
     def new_cache(self, rows: int, capacity: int, draft: bool = False) -> LatentCache:
         """An empty cache in the weights' dtype and on their device; `draft`: with a layer for `draft` too."""

@@ -223,6 +223,19 @@ MORE_METRICS: tuple[Metric, ...] = (
         "below prompts_per_round",
         "above: the prompts are too easy or too hard",
     ),
+    Metric(
+        "rollout/age/mean",
+        "rounds between the weights that wrote a token and those that train on it, over the round's tokens",
+        "0; up to rollout.shape.staleness",
+        "with staleness it costs accuracy where mismatch/kl rises: correct for it (algorithm.correction)",
+    ),
+    Metric("rollout/age/max", "that of the oldest token", "at most rollout.shape.staleness", "see rollout/age/mean"),
+    Metric(
+        "speed/wait_s",
+        "seconds that training waited for completions and their scores",
+        "near 0 with staleness; generation's time without",
+        "with staleness: generation takes longer than training, so give it more of the machine",
+    ),
     Metric("coefficient/kl", "the adaptive KL weight", "steady", "runs away: another algorithm.kl.target"),
     Metric("coefficient/entropy", "the adaptive entropy weight", "steady", "runs away: a lower entropy_target"),
 )

@@ -10,6 +10,7 @@ from lit_reason.rewards.reasoning_gym import ReasoningGymScore
 from lit_reason.rewards.rubric import Rubric
 from lit_reason.rewards.shuffled import ShuffledRubric
 from lit_reason.rewards.transforms import Transforms, conditioned
+from lit_reason.rewards.verifiers_rubric import VerifiersReward
 
 __all__ = [
     "AnswerAnywhere",
@@ -27,6 +28,7 @@ __all__ = [
     "ShuffledRubric",
     "Tags",
     "Transforms",
+    "VerifiersReward",
     "conditioned",
     "last_number",
     "parse_number",

@@ -16,7 +16,7 @@ class Length(ItemReward):
     Trap: where generation stops before max_tokens (`rollout.sampling.max_tokens`), `outside` is never reached.
 
     Args:
-        max_tokens: L_max, the stop token counted.
+        max_tokens: L_max, the stop token counted, and what an environment wrote into the completion.
         buffer: L_cache, tokens over which the score falls; 0 makes it a step (L <= max_tokens is inside).
         inside: the score of a short completion.
         outside: the score of one that is too long.

@@ -98,6 +98,10 @@ class Rubric:
         for column, (name, reward) in enumerate(self.rewards.items()):
             with _watched(name, len(prompts), self.slow_s):
                 entries = _call(reward, prompts, completions)
+            entries = [  # what an environment that failed has left is no completion to judge
+                RewardFault(RewardState.ERROR, f"environment: {completion.fault}") if completion.fault else entry
+                for completion, entry in zip(completions, entries, strict=True)
+            ]
             for row, entry in enumerate(entries):
                 if isinstance(entry, RewardFault):
                     states_BR[row, column] = int(entry.state)

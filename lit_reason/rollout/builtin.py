@@ -1,21 +1,21 @@
-"""The builtin engine: batched generation with a KV cache on one copy of the policy.
+"""The builtin engine: continuous batching with a KV cache on one copy of the policy.
 
-    prompts -> prefill each distinct prompt once -> fan out to its samples -> decode a token a row and step
-            -> rows that finished leave the batch -> completions in the order asked
+    prompts -> each distinct prompt read once -> a token a row and step -> rows that finished leave, waiting ones enter
+            -> completions in the order asked
 
-It drives three methods that a model implements: `new_cache(rows, capacity)`, `prefill(ids_BT, length_B, cache)` and
-`decode(token_B, position_B, cache)`.
+It drives what a model implements (`models/protocol.py`); ours keep their latents in cohorts (`models/cohorts.py`).
 
-Greedy requests of a model with multi-token prediction take the same way with drafts (`speculative.py`).
+Greedy requests of a model with multi-token prediction take another way, with drafts (`speculative.py`).
 
-Left out: continuous batching (a chunk's last row is waited for) and paged caches.
+Left out: captured or compiled steps. A step on a CPU costs its products, and there was no GPU to measure one on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, RolloutError
 from lit_reason.models import CausalLM, Transformer
-from lit_reason.models.adapters import adapters, merged_copy, merged_weights
-from lit_reason.models.layers import round_up
-from lit_reason.rollout.engine import OnProgress, Progress
-from lit_reason.rollout.sampling import Sampling, draw, uniforms
+from lit_reason.models.adapters import adapters, merged_copy, merged_weights, plain_name
+from lit_reason.rollout.batch import Ids
+from lit_reason.rollout.continuous import Row, generate_rows
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, held_as_is
+from lit_reason.rollout.experts import ExpertLog
+from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.speculative import generate_with_drafts
 from lit_reason.types import Completion, Prompt
-
-_COMPACT_BELOW = 0.8  # share of live rows under which copying the cache costs less than decoding the dead ones
 
 
 class BuiltinEngine:
@@ -46,13 +46,20 @@ class BuiltinEngine:
     Args:
         tokenizer: for the stop tokens and the completions' text.
         dtype: `"bfloat16"` or `"float32"`.
-        max_rows: the most sequences that are decoded together.
+        max_rows: the most sequences that are decoded together; further ones enter as rows finish.
         speculative: greedy requests (temperature 0) are decoded with drafts from the model's multi-token-prediction
             module: the same tokens in fewer steps. `drafted` and `accepted` count the drafts.
+        return_experts: completions carry the experts that were chosen for every token (`Completion.experts_SLK`), of
+            a model with experts, so that training can replay them; not those decoded with drafts.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, dtype: str = "bfloat16", max_rows: int = 512, speculative: bool = False
+        self,
+        tokenizer: Tokenizer,
+        dtype: str = "bfloat16",
+        max_rows: int = 512,
+        speculative: bool = False,
+        return_experts: bool = True,
     ) -> None:
         dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
         if dtype not in dtypes:
@@ -61,6 +68,7 @@ class BuiltinEngine:
             raise ConfigError(f"rollout.engine.max_rows={max_rows}: must be at least 1")
         self.tokenizer, self.dtype, self.max_rows = tokenizer, dtypes[dtype], max_rows
         self.speculative, self.drafted, self.accepted = speculative, 0, 0
+        self.return_experts = return_experts
         self._model: nn.Module | None = None
         self._shares = False  # whether `_model` is the policy itself
         self._version = -1
@@ -103,6 +111,32 @@ class BuiltinEngine:
                 target.copy_(sources[name])
         self._version = version
 
+    def prefix_block(self) -> int:
+        """It keeps no keys and values from one call to the next."""
+        return 0
+
+    @torch.no_grad()
+    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See `Provable.export`: parameters in the engine's dtype but for the routers', buffers as they are."""
+        parameters = {plain_name(name) for name, _ in model.named_parameters()}
+        for name, tensor in merged_weights(model).items():
+            yield name, tensor.to(self.dtype) if name in parameters and ".router." not in name else tensor
+
+    def held(self) -> Mapping[str, Held]:
+        module = cast(nn.Module, self.model)
+        return held_as_is((*module.named_parameters(), *module.named_buffers()))
+
+    @torch.inference_mode()
+    def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
+        found = []
+        for ids in prompts:
+            ids_1T = torch.tensor([list(ids)], device=self.model.device)
+            cache = self.model.new_cache(1, len(ids))
+            logits_1V = self.model.prefill(ids_1T, torch.tensor([len(ids)], device=ids_1T.device), cache)
+            best = logits_1V[0].float().log_softmax(-1).topk(top)
+            found.append(NextToken(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), cached=0))
+        return found
+
     @torch.inference_mode()
     def generate(
         self,
@@ -111,7 +145,13 @@ class BuiltinEngine:
         seeds: Sequence[int],
         sample_idx: Sequence[int] | None = None,
         progress: OnProgress | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
+        """See `Engine.generate`.
+
+        Args:
+            limits: the most tokens of each completion, where they differ; `sampling.max_tokens` holds as well.
+        """
         if len(seeds) != len(prompts):
             raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
         limit = self.model.config.max_seq_len
@@ -121,112 +161,90 @@ class BuiltinEngine:
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{limit - 1} "
                     f"(model.max_seq_len={limit} leaves at least one token for the answer)"
                 )
+        if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
+            raise RolloutError(
+                f"got {len(prompts)} prompts and {len(limits)} limits, the least {min(limits, default=0)}: one limit "
+                "per completion is needed, of at least 1 token"
+            )
+        if not prompts:
+            return []
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
+        limits = [
+            min(most, sampling.max_tokens, limit - len(prompt.token_ids))
+            for prompt, most in zip(prompts, limits or [limit] * len(prompts), strict=True)
+        ]
         module = cast(nn.Module, self._model)
         was_training = module.training
         module.eval()
         meter = _Meter(len(prompts), progress)
-        completions: list[Completion] = []
+        ids = [prompt.token_ids for prompt in prompts]
         try:
-            for start in range(0, len(prompts), self.max_rows):
-                rows = slice(start, start + self.max_rows)
-                ids = [p.token_ids for p in prompts[rows]]
-                if self.speculative and sampling.temperature == 0:
-                    out = self._chunk_with_drafts(ids, sampling, meter)
-                else:
-                    out = self._chunk(ids, sampling, seeds[rows], meter)
-                for prompt, idx, seed, (ids, logprobs, stopped) in zip(
-                    prompts[rows], sample_idx[rows], seeds[rows], out, strict=True
-                ):
-                    text = self.tokenizer.decode(ids[:-1] if stopped else ids)
-                    finish = "stop" if stopped else "length"
-                    completions.append(
-                        Completion(prompt.id, idx, tuple(ids), tuple(logprobs), text, finish, self._version, seed)
-                    )
+            if self.speculative and sampling.temperature == 0:
+                rows = self._with_drafts(ids, limits, meter)
+            else:
+                rows = self._continuous(ids, limits, seeds, sampling, meter)
         finally:
             module.train(was_training)
-        return completions
+        meter.end()
+        return [self._completion(*asked) for asked in zip(prompts, sample_idx, seeds, rows, strict=True)]
 
-    def _chunk(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int], meter: _Meter
-    ) -> list[tuple[list[int], list[float], bool]]:
-        """Token ids, log-probs and "a stop token ended it" of each prompt. All of a chunk's rows decode in step."""
-        model, device = self.model, self.model.device
-        B, room = len(prompts), self.model.config.max_seq_len
-        steps = min(sampling.max_tokens, room - min(map(len, prompts)))
-        cache, logits_BV = self._prefill(prompts)
-        tokens_BT = torch.zeros(B, steps, dtype=torch.int64, device=device)
-        logprobs_BT = torch.zeros(B, steps, device=device)
-        count_B = torch.zeros(B, dtype=torch.int64, device=device)
-        stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
-        stop_ids = torch.tensor(self.tokenizer.stop_ids, device=device)
-        uniform_BT = uniforms(seeds, steps).to(device)
+    def _completion(self, prompt: Prompt, sample_idx: int, seed: int, row: Row) -> Completion:
+        text = self.tokenizer.decode(row.ids[:-1] if row.stopped else row.ids)
+        return Completion(
+            prompt.id,
+            sample_idx,
+            tuple(row.ids),
+            tuple(row.logprobs),
+            text,
+            "stop" if row.stopped else "length",
+            self._version,
+            seed,
+            experts_SLK=row.experts_SLK,
+        )
 
-        row = torch.arange(B, device=device)  # the live rows of the batch, as indices into the chunk
-        length = torch.tensor([len(p) for p in prompts], device=device)
-        alive, live = torch.ones(B, dtype=torch.bool, device=device), B
-        for step in range(steps):
-            token, logprob = draw(logits_BV, sampling, uniform_BT[row, step])
-            tokens_BT[row, step], logprobs_BT[row, step] = token, logprob
-            count_B[row] += alive
-            stop = torch.isin(token, stop_ids) & alive
-            stopped_B[row] |= stop
-            position = length + step
-            alive = alive & ~stop & (position + 1 < room)
-            drawn, live = live, int(alive.sum())
-            meter.update(tokens=drawn, finished=B - live)
-            if live == 0 or step + 1 == steps:
-                break
-            if round_up(live) < _COMPACT_BELOW * row.numel():
-                kept = (~alive).argsort(stable=True)[: round_up(live)]
-                cache.select(kept)
-                row, length, token, position = row[kept], length[kept], token[kept], position[kept]
-                alive = alive[kept]
-            logits_BV = model.decode(token, position.clamp_max(room - 1), cache)
-        meter.chunk_done(B)
-        counts, stops = count_B.tolist(), stopped_B.tolist()
-        tokens, logprobs = tokens_BT.tolist(), logprobs_BT.tolist()
-        return [(tokens[b][: counts[b]], logprobs[b][: counts[b]], stops[b]) for b in range(B)]
+    def _continuous(
+        self, ids: Ids, limits: Sequence[int], seeds: Sequence[int], sampling: Sampling, meter: _Meter
+    ) -> list[Row]:
+        model = self.model
+        log = None
+        if self.return_experts and isinstance(model, Transformer) and model.config.moe_layers:
+            log = ExpertLog(model, len(ids), max(limits))
+        stop_ids = torch.tensor(self.tokenizer.stop_ids, device=model.device)
+        with log or nullcontext():
+            return generate_rows(model, ids, limits, seeds, sampling, stop_ids, self.max_rows, meter.update, log)
 
-    def _chunk_with_drafts(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, meter: _Meter
-    ) -> list[tuple[list[int], list[float], bool]]:
+    def _with_drafts(self, ids: Ids, limits: Sequence[int], meter: _Meter) -> list[Row]:
         stop_ids = torch.tensor(self.tokenizer.stop_ids, device=self.model.device)
-        model = cast(Transformer, self._model)  # `push` refuses another
-        rows, drafted, accepted = generate_with_drafts(model, prompts, sampling.max_tokens, stop_ids, meter.update)
-        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
-        meter.chunk_done(len(prompts))
+        model, rows = cast(Transformer, self._model), []  # `push` refuses another
+        for start in range(0, len(ids), self.max_rows):
+            some = slice(start, start + self.max_rows)
+            done = len(rows)
+            found, drafted, accepted = generate_with_drafts(
+                model,
+                ids[some],
+                limits[some],
+                stop_ids,
+                lambda n, finished, done=done: meter.update(n, done + finished),
+            )
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+            rows += [Row(*row) for row in found]
         return rows
-
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor]:
-        """Reads each distinct prompt once, then fans its cache and logits out to every row that has it."""
-        device = self.model.device
-        first = {ids: i for i, ids in enumerate(dict.fromkeys(prompts))}
-        length = torch.tensor([len(ids) for ids in first], device=device)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in first], batch_first=True).to(device)
-        cache = self.model.new_cache(len(first), padded.shape[1])
-        logits_PV: Tensor = self.model.prefill(padded, length, cache)
-        fan_out = torch.tensor([first[ids] for ids in prompts], device=device)
-        cache.select(fan_out)
-        return cache, logits_PV[fan_out]
 
 
 class _Meter:
-    """Counts tokens and finished rows, and reports about twice a second."""
+    """Counts tokens, and reports about twice a second."""
 
     def __init__(self, total: int, report: OnProgress | None) -> None:
-        self.total, self.report = total, report
-        self.done, self.tokens = 0, 0
+        self.total, self.report, self.tokens = total, report, 0
         self.start = self.last = time.perf_counter()
 
-    def update(self, tokens: int, finished: int) -> None:
+    def update(self, tokens: int, done: int) -> None:
         self.tokens += tokens
         now = time.perf_counter()
         if self.report is not None and now - self.last > 0.5:
             self.last = now
-            self.report(Progress(self.done + finished, self.total, self.tokens, now - self.start))
+            self.report(Progress(done, self.total, self.tokens, now - self.start))
 
-    def chunk_done(self, rows: int) -> None:
-        self.done += rows
-        if self.report is not None and self.done == self.total:
-            self.report(Progress(self.done, self.total, self.tokens, time.perf_counter() - self.start))
+    def end(self) -> None:
+        if self.report is not None:
+            self.report(Progress(self.total, self.total, self.tokens, time.perf_counter() - self.start))

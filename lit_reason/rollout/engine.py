@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from lit_reason.models.checksum import digest
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
 
@@ -99,3 +100,11 @@ class Provable(Engine, Protocol):
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
         """The `top` likeliest tokens after each prompt, at temperature 1."""
         ...
+
+
+def held_as_is(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Held]:
+    """What is held in the shape in which it was sent."""
+    return {
+        name: Held(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor))
+        for name, tensor in tensors
+    }

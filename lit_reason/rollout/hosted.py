@@ -202,11 +202,3 @@ def check_lengths(prompts: Sequence[Prompt], context: int) -> None:
                 f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{context - 1} "
                 f"(model.max_seq_len={context} leaves at least one token for the answer)"
             )
-
-
-def held_as_is(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Held]:
-    """What is held in the shape in which it was sent."""
-    return {
-        name: Held(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor))
-        for name, tensor in tensors
-    }

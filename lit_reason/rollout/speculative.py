@@ -26,16 +26,13 @@ class Emitted:
     """What B rows have produced so far.
 
     Args:
-        length_B: prompt lengths (tokens).
-        max_tokens: the most tokens a row may produce.
-        room: positions that the model has.
+        limit_B: the most tokens each row may produce.
         stop_ids: tokens that end a row.
     """
 
-    def __init__(self, length_B: Tensor, max_tokens: int, room: int, stop_ids: Tensor) -> None:
-        B, device = len(length_B), length_B.device
-        self.limit_B = (room - length_B).clamp_max(max_tokens)
-        T = int(self.limit_B.max())
+    def __init__(self, limit_B: Tensor, stop_ids: Tensor) -> None:
+        B, T, device = len(limit_B), int(limit_B.max()), limit_B.device
+        self.limit_B = limit_B
         self.tokens_BT = torch.zeros(B, T, dtype=torch.int64, device=device)
         self.logprobs_BT = torch.zeros(B, T, device=device)
         self.count_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -63,13 +60,14 @@ class Emitted:
 def generate_with_drafts(
     model: Transformer,
     prompts: Sequence[tuple[int, ...]],
-    max_tokens: int,
+    limits: Sequence[int],
     stop_ids: Tensor,
     report: Callable[[int, int], None],
 ) -> tuple[Rows, int, int]:
     """Greedy completions of `prompts`, all decoded in step.
 
     Args:
+        limits: the most tokens of each prompt; the model's context has room for them.
         report: told after each step how many tokens it made and how many rows are finished.
 
     Returns:
@@ -78,7 +76,7 @@ def generate_with_drafts(
     """
     device, room = model.device, model.config.max_seq_len
     length_B = torch.tensor([len(ids) for ids in prompts], device=device)
-    out = Emitted(length_B, max_tokens, room, stop_ids)
+    out = Emitted(torch.tensor(limits, device=device), stop_ids)
     row = torch.arange(len(prompts), device=device)
     cache = model.new_cache(len(prompts), int(length_B.max()), draft=True)
     token, logprob, draft = _prefill(model, prompts, length_B, cache)
@@ -97,12 +95,12 @@ def generate_with_drafts(
             row, token, draft, position = row[kept], token[kept], draft[kept], position[kept]
         at = position.clamp_max(room - 2)  # of finished rows that are still here
         cursor = model.cursor(torch.stack((at, at + 1), dim=1), cache)
-        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), cursor, cache)
+        states_R2D = model.decode_states(torch.stack((token, draft), dim=1), cursor)
         next_R2, logprob_R2 = _greedy(model.head(states_R2D))
         hit = next_R2[:, 0] == draft
         drafted += out.add(row, next_R2[:, 0], logprob_R2[:, 0], out.alive_B[row])
         accepted += out.add(row, next_R2[:, 1], logprob_R2[:, 1], hit)
-        drafts_R2 = model.draft(states_R2D, next_R2, cursor, cache).argmax(-1)
+        drafts_R2 = model.draft(states_R2D, next_R2, cursor).argmax(-1)
         last = hit.long()[:, None]
         token, draft = next_R2.gather(1, last).squeeze(1), drafts_R2.gather(1, last).squeeze(1)
         position = position + 1 + hit

@@ -18,13 +18,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError
+from lit_reason.models import CausalLM
 from lit_reason.models.export import checkpoint_tensors, write_config
 from lit_reason.rollout.engine import OnProgress
 from lit_reason.rollout.hosted import HostedEngine
@@ -52,7 +53,7 @@ class VLLMEngine(HostedEngine):
         gpu_memory: share of the GPU's memory that vLLM may take.
         threads: of its process on a CPU.
         return_experts: the experts that it chose come back with every completion (`Completion.experts_SLK`), for
-            router replay; None where vLLM can: on a GPU, for a mixture of experts.
+            router replay; None if the model has routers that can replay them.
         options: further settings of `vllm.LLM`.
         cores, deadlines: of its process.
 
@@ -108,9 +109,7 @@ class VLLMEngine(HostedEngine):
             write_config(model, Path(folder), self.dtype)
             config = json.loads((Path(folder) / "config.json").read_text())
         self._latent = runs_latent(config, self._device)
-        experts = self.return_experts
-        if experts is None:
-            experts = self._device.type == "cuda" and bool(config.get("n_routed_experts"))
+        experts = bool(cast(CausalLM, model).routers()) if self.return_experts is None else self.return_experts
         return {
             "config": config,
             "stop_ids": list(self.tokenizer.stop_ids),
@@ -136,9 +135,8 @@ def llm_settings(
     }
     if engine.kv_cache_mb is not None:
         settings["kv_cache_memory_bytes"] = engine.kv_cache_mb << 20
-    if experts:
-        settings["enable_return_routed_experts"] = True
     if device.type == "cuda":
+        settings |= {"enable_return_routed_experts": True} if experts else {}
         return settings | {"gpu_memory_utilization": engine.gpu_memory}
     settings |= {"enforce_eager": True, "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
     # A prompt read in parts ends in an error of vLLM's CPU sampler, which cannot wind a request's own generator back.

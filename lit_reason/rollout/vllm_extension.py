@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_reason.rollout.vllm_experts import moe_layers
 from lit_reason.rollout.vllm_host import _held, _prepare_reload, _reload, _set_logprobs
 
 CLASS = "lit_reason.rollout.vllm_extension.WorkerExtension"
@@ -43,10 +44,12 @@ class WorkerExtension:
         """What a client must know of the server."""
         config = cast(Any, self).vllm_config
         cache, model = config.cache_config, config.model_config
+        experts = config.aux_output_config.enable_return_routed_experts
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
             "context": model.max_model_len,
             "block": cache.block_size if cache.enable_prefix_caching else 0,
+            "moe_layers": moe_layers(self) if experts else [],
             "workers": config.parallel_config.world_size_across_dp,
             "config": {key: value for key, value in model.hf_text_config.to_dict().items() if _plain(key, value)},
         }

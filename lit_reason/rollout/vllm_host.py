@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_reason.rollout.engine import Held, NextToken, Progress
 from lit_reason.rollout.sampling import Sampling
+from lit_reason.rollout.vllm_experts import experts_of
 from lit_reason.rollout.vllm_layout import held
 from lit_reason.rollout.worker import Generated
 
@@ -30,7 +31,7 @@ class VLLMHost:
         config: config.json of the model.
         stop_ids: tokens that end a completion.
         settings: of `vllm.LLM`.
-        return_experts: ask for the experts that were chosen.
+        return_experts: tell the experts that were chosen.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class VLLMHost:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             self.llm = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, **settings)
         self.engine: Any = self.llm.llm_engine
-        self.stop_ids, self.return_experts = list(stop_ids), return_experts
+        self.stop_ids = list(stop_ids)
+        self._experts_of = experts_of(self.llm) if return_experts else None
         self.context = self.llm.model_config.max_model_len
         self.version = -1
         self._names = 0
@@ -86,6 +88,7 @@ class VLLMHost:
                 seed=seed,
                 logprobs=0,
                 stop_token_ids=self.stop_ids,
+                ignore_eos=True,  # a config.json that names no end gets one from transformers: DeepSeek's is token 1
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -143,13 +146,21 @@ class VLLMHost:
         start, waiting = time.perf_counter(), set(names)
         tokens = 0
         while waiting:
-            self._finished |= {request.request_id: request for request in self.engine.step() if request.finished}
+            for request in self.engine.step():
+                if request.finished:
+                    self._take(request)
             done = [name for name in waiting if name in self._finished]
             tokens += sum(len(self._finished[name].outputs[0].token_ids) for name in done)
             waiting.difference_update(done)
             if waiting and not self.engine.has_unfinished_requests():
                 raise RuntimeError(f"vLLM lost {len(waiting)} of {len(names)} requests")
             alive(Progress(len(names) - len(waiting), len(names), tokens, time.perf_counter() - start))
+
+    def _take(self, request: Any) -> None:
+        self._finished[request.request_id] = request
+        inner = self._inner.pop(request.request_id)
+        if self._experts_of is not None:
+            request.outputs[0].routed_experts = self._experts_of(inner, request)
 
     def _length(self, name: str) -> int:
         """Tokens that a running request has so far."""
@@ -164,8 +175,7 @@ class VLLMHost:
         stopped = output.finish_reason == "stop"
         switches = tuple((at, version) for at, version in versions[1:] if 0 < at < len(ids))
         first = next(version for at, version in reversed(versions) if at == 0)
-        experts = output.routed_experts if self.return_experts else None
-        return Generated(ids, logprobs, stopped, first, switches, None if experts is None else experts.astype("int16"))
+        return Generated(ids, logprobs, stopped, first, switches, output.routed_experts)
 
 
 def _prepare_reload(worker: Any) -> None:
@@ -187,4 +197,6 @@ def _held(worker: Any) -> Mapping[str, Held]:
 
 def _set_logprobs(worker: Any, mode: str) -> None:
     sampler = worker.model_runner.sampler
-    sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
+    sampler.logprobs_mode = mode
+    if hasattr(sampler, "topk_topp_sampler"):  # model runner V2 has none
+        sampler.topk_topp_sampler.logprobs_mode = mode

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import WeightSyncError
-from lit_reason.rollout.engine import Held
-from lit_reason.rollout.hosted import held_as_is
+from lit_reason.rollout.engine import Held, held_as_is
 
 
 @torch.no_grad()

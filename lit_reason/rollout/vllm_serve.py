@@ -65,7 +65,7 @@ def serve_command(
         kv_cache_mb=256 if kv_cache_mb is None and at.type == "cpu" else kv_cache_mb,
         gpu_memory=gpu_memory,
     )
-    settings = llm_settings(cast(VLLMEngine, like), config, at, latent, experts=False)
+    settings = llm_settings(cast(VLLMEngine, like), config, at, latent, experts=bool(config.get("n_routed_experts")))
     settings |= {
         "host": host,
         "port": port,

@@ -12,12 +12,15 @@ Trap: the servers must run with VLLM_SERVER_DEV_MODE=1, so whoever reaches their
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +39,7 @@ from lit_reason.rollout.hosted import DTYPES, check_lengths, throttled
 from lit_reason.rollout.process import Deadlines
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.vllm import check_sampling
+from lit_reason.rollout.vllm_experts import moe_rows
 from lit_reason.rollout.vllm_server_facts import check_model, meet
 from lit_reason.rollout.vllm_server_http import Fleet, Server
 from lit_reason.rollout.vllm_server_push import Files, Nccl, Transfer
@@ -317,6 +321,7 @@ class VLLMServerEngine:
             "stop" if stopped else "length",
             spans[0][1],
             seed,
+            experts_SLK=_experts(choice["routed_experts"], self._known()["moe_layers"]),
             switches=tuple(spans[1:]),
         )
 
@@ -329,6 +334,13 @@ class VLLMServerEngine:
 
 def _body(ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
     return {"token_ids": list(ids), "sampling_params": {**sampling, "detokenize": False}}
+
+
+def _experts(npy: str | None, moe_layers: Sequence[int]) -> Tensor | None:
+    """int16 (S, L, K) of vLLM's base64 of .npy, which has all layers; unmeasured on a GPU, where alone it is told."""
+    if npy is None:
+        return None
+    return torch.from_numpy(moe_rows(np.load(io.BytesIO(base64.b64decode(npy)), allow_pickle=False), moe_layers))
 
 
 def _cached(url: str, answer: Mapping[str, Any]) -> int:

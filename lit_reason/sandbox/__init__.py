@@ -3,7 +3,7 @@
 rewards -> Sandbox.score(payloads) -> worker process -> one forked child per payload -> Verdict
 """
 
-from lit_reason.sandbox.pool import Sandbox
+from lit_reason.sandbox.pool import PYTHON, Sandbox
 from lit_reason.sandbox.verdict import Verdict
 
-__all__ = ["Sandbox", "Verdict"]
+__all__ = ["PYTHON", "Sandbox", "Verdict"]

@@ -72,9 +72,10 @@ def drop_root(library: ctypes.CDLL | None) -> None:
             library.capset(header, (ctypes.c_uint32 * 6)())
 
 
-def audit_hook() -> tuple[Callable[[str, tuple], None], list[str]]:
+def audit_hook(readable: tuple[str, ...] | None = None) -> tuple[Callable[[str, tuple], None], list[str]]:
     """A hook for `sys.addaudithook`, and the list in which it records what it refused.
 
+    `readable`: the only folders whose files may be opened; None allows all.
     Everything it needs lives in its closure: scored code can rebind the globals of every module.
     """
     refused: list[str] = []
@@ -88,9 +89,14 @@ def audit_hook() -> tuple[Callable[[str, tuple], None], list[str]]:
             return True
         return check(flags, is_number) and flags & write_flags != 0
 
+    def out_of_bounds(path: object) -> bool:
+        if readable is None or check(path, is_number):  # a number is a file that is open already
+            return False
+        return not check(path, is_text) or not starts(path, readable) or contains(path, "/..")
+
     def hook(event: str, args: tuple) -> None:
         if event == "open":
-            bad = writes(args[1], args[2])
+            bad = writes(args[1], args[2]) or out_of_bounds(args[0])
         elif event == "object.__getattr__":
             bad = args[1] in frames
         else:
@@ -102,13 +108,15 @@ def audit_hook() -> tuple[Callable[[str, tuple], None], list[str]]:
     return hook, refused
 
 
-def confine(library: ctypes.CDLL | None, memory_bytes: int, cpu_s: int) -> list[str]:
+def confine(
+    library: ctypes.CDLL | None, memory_bytes: int, cpu_s: int, readable: tuple[str, ...] | None = None
+) -> list[str]:
     """Lock this process down for good; returns the list that will hold the refused events."""
     limit(memory_bytes, cpu_s)
     drop_root(library)
     die_with_parent(library)  # after drop_root: a change of user clears it
     if library is not None:
         library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    hook, refused = audit_hook()
+    hook, refused = audit_hook(readable)
     sys.addaudithook(hook)
     return refused

@@ -34,10 +34,13 @@ def bubblewrap(path: str | None) -> str:
     return reason
 
 
-def command(isolation: str, folder: str) -> list[str]:
-    """The worker's command line, to run in `folder`; raises when `isolation="bwrap"` cannot be had."""
+def check_isolation(isolation: str) -> None:
     if isolation not in ISOLATIONS:
         raise ConfigError(f"isolation={isolation!r} is unknown: {nearest(isolation, ISOLATIONS)}")
+
+
+def command(isolation: str, folder: str) -> list[str]:
+    """The worker's command line, to run in `folder`; raises when `isolation="bwrap"` cannot be had."""
     python = [sys.executable, "-I", "-B", str(WORKER)]
     if isolation == "limits":
         return python

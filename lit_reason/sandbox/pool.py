@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_reason.errors import ConfigError
+from lit_reason.sandbox.launch import check_isolation
 from lit_reason.sandbox.process import Worker
 from lit_reason.sandbox.verdict import Verdict
 from lit_reason.types import RewardState
@@ -24,6 +25,7 @@ from lit_reason.types import RewardState
 CHUNK = 32
 Items = list[tuple[int, Mapping[str, Any]]]
 REASONING_GYM = Path(__file__).with_name("reasoning_gym_scorer.py")
+PYTHON = Path(__file__).with_name("python_runner.py")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class _Round:
         """Items whose worker failed are each tried once more, alone, so that only the guilty one is charged."""
         for index, payload in reversed(items):
             if index in self.suspects:
-                self.verdicts[index] = Verdict(state, message=message)
+                self.verdicts[index] = Verdict(state, message=message, broken=True)
             else:
                 self.suspects.add(index)
                 self.waiting.appendleft([(index, payload)])
@@ -57,7 +59,9 @@ class Sandbox:
     Args:
         scorer: a Python file with `prepare(payload)` and `is_prepared(payload)` (in the worker, before the fork: they
             must not touch model text), `score(payload) -> float` (in the confined child) and, optionally,
-            `shareable(payload)`: may share its child with others. Default: reasoning-gym's own scorers.
+            `shareable(payload)`: may share its child with others; `TEXTS = True`: `score` returns text, of which the
+            first 2900 bytes come back; `READABLE`: the only folders whose files may be opened. Default:
+            reasoning-gym's own scorers.
         timeout_s: wall-clock seconds for one payload; beyond it the verdict is TIMEOUT.
         workers: processes that score side by side.
         memory_mb: address space of one child.
@@ -76,6 +80,7 @@ class Sandbox:
     ) -> None:
         if timeout_s <= 0 or workers < 1:
             raise ConfigError(f"got timeout_s={timeout_s}, workers={workers}; valid: timeout_s > 0 and workers >= 1")
+        check_isolation(isolation)
         self.scorer, self.timeout_s, self.workers = Path(scorer).resolve(), timeout_s, workers
         self.memory_mb, self.isolation, self.start_s = memory_mb, isolation, start_s
         self._reset()

@@ -112,4 +112,6 @@ class Worker:
 def _verdict(state: str, value: float | None, message: str) -> Verdict:
     if state == "OK" and value is not None:
         return Verdict(RewardState.OK, float(value))
+    if state == "TEXT":
+        return Verdict(RewardState.OK, text=message)
     return Verdict(RewardState[state], message=message)

@@ -11,6 +11,7 @@ that must begin with the request's nonce and the item's number: neither printing
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import gc
 import importlib.util
@@ -27,7 +28,8 @@ from types import ModuleType
 from typing import NoReturn
 
 _REPLY_BYTES = 4096
-Verdict = tuple[str, float | None, str]  # state, value, message
+_TEXT_BYTES = 2900  # 3868 in base 64: fits one reply with its nonce and number
+Verdict = tuple[str, float | None, str]  # state, value, message; of a text: "TEXT", None, text
 Fds = tuple[int, int]  # requests, replies
 
 
@@ -42,16 +44,20 @@ def load_module(path: str, name: str) -> ModuleType:
     return module
 
 
-def run_child(score, payloads: list[dict], nonce: str, fd: int, lock_down) -> NoReturn:
+def run_child(score, payloads: list[dict], nonce: str, fd: int, lock_down, texts: bool = False) -> NoReturn:
     """Score in this process and leave. Locals hold all that is needed after: scored code can rebind globals."""
     write, leave, to_float, is_finite, to_text, kind = os.write, os._exit, float, math.isfinite, repr, type
-    failure, limit = BaseException, _REPLY_BYTES
+    failure, limit, text, most, pack = BaseException, _REPLY_BYTES, str, _TEXT_BYTES, binascii.b2a_base64
     refused = lock_down()
     forget, is_dirty = refused.clear, refused.__len__
     for number, payload in enumerate(payloads):
         try:
-            value = to_float(score(payload))
-            reply = "= " + to_text(value) if is_finite(value) else "! the score is not finite: " + to_text(value)
+            value = score(payload)
+            if texts and kind(value) is text:
+                reply = "~ " + pack(value.encode("utf-8", "replace")[:most], newline=False).decode()
+            else:
+                value = to_float(value)
+                reply = "= " + to_text(value) if is_finite(value) else "! the score is not finite: " + to_text(value)
         except failure as error:
             reply = "! " + kind(error).__name__ + ": " + " ".join(f"{error}".split())[:300]
         if is_dirty():  # scorers swallow exceptions: a refused operation must show all the same
@@ -88,6 +94,8 @@ def judge(line: bytes | None, mark: str, status: int | None, timeout_s: float) -
     text = (line or b"").decode("ascii", "replace")
     if text.startswith(mark + "= "):
         return "OK", float(text[len(mark) + 2 :]), ""
+    if text.startswith(mark + "~ "):
+        return "TEXT", None, binascii.a2b_base64(text[len(mark) + 2 :]).decode("utf-8", "ignore")
     if text.startswith(mark + "! "):
         return "ERROR", None, text[len(mark) + 2 :]
     if line is None or status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
@@ -106,7 +114,7 @@ def score_run(scorer: ModuleType, payloads: list[dict], request: dict, lock_down
         os.setsid()
         for fd in (read_fd, *fds):
             os.close(fd)
-        run_child(scorer.score, payloads, nonce, write_fd, lock_down)
+        run_child(scorer.score, payloads, nonce, write_fd, lock_down, getattr(scorer, "TEXTS", False))
     os.close(write_fd)
     buffer, verdicts, status = bytearray(), [], None
     for number in range(len(payloads)):
@@ -183,13 +191,14 @@ def main() -> None:
     except Exception as error:
         send({"error": f"{type(error).__name__}: {error}"})
         return
+    readable = getattr(scorer, "READABLE", None)
     send({"ready": True})
 
     for line in requests:
         request = json.loads(line)
 
         def lock_down(cpu_s: int = math.ceil(request["timeout_s"] * len(request["payloads"])) + 1) -> list[str]:
-            return confine.confine(library, settings["memory_bytes"], cpu_s)
+            return confine.confine(library, settings["memory_bytes"], cpu_s, readable)
 
         verdicts = score_request(scorer, request, lock_down, private_fds)
         send({"nonce": request["nonce"], "verdicts": verdicts})

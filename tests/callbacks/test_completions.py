@@ -1,6 +1,7 @@
 """Nothing is lost, nothing is doubled: one file per round, dropped and redone on resume."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,12 +47,28 @@ def test_every_column_of_every_completion(fit, tmp_path):
         "total": 2.0,
         "advantage": 0.5,
         "version": 1,
+        "age": None,
         "finish_reason": "stop",
         "tokens": 3,
         "seed": 100,
     }
     assert rows[3]["rewards"] == {"answer": None, "length": 0.25} and rows[3]["faults"] == {"answer": "too slow"}
     assert rows[3]["total"] is None and rows[3]["advantage"] == -0.5
+
+
+def test_the_age_is_that_of_the_weights_in_a_module_that_counts_them(fit, tmp_path):
+    """Step 2 trains version 4; its completions began with version 2, and a third of them is of version 3."""
+
+    def announce_aged(module, step):
+        module.policy_version = step + 2
+        done = [replace(c, switches=((2, step + 1),)) for c in group(step).completions]
+        aged = replace(group(step), completions=done)
+        module.trainer.callbacks[0].on_rollout(module.trainer, module, [aged], torch.tensor([0.5, -0.5]), step)
+
+    fit([CompletionsTable()], steps=3, module=fit.Tiny(announce_aged))
+    rows = read(tmp_path / "completions")
+    assert [r["version"] for r in rows] == [0, 0, 1, 1, 2, 2]
+    assert [r["age"] for r in rows] == pytest.approx([(2 + 2 + 1) / 3] * 6)
 
 
 def test_resume_redoes_the_lost_steps_once(fit, tmp_path):

@@ -22,23 +22,28 @@ def options(group):
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
 
+VERIFIERS = {"data": "data.source", "environment": "environment", "reward": "reward.verifiers"}
 # Tree i takes option i of every group, so that a few trees hold every option.
 TREES = [{g: options(g)[i % len(options(g))] for g in GROUPS} for i in range(max(len(options(g)) for g in GROUPS))]
 
 
 def test_every_group_of_the_design_is_there():
     names = "model data reward rollout algorithm optimizer kernels trainer callbacks logger experiment hparams_search"
-    names += " reference adapter"
+    names += " reference adapter environment"
     assert sorted(f"{names} debug paths extras hydra".split()) == GROUPS
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree["reward"])
 def test_every_option_composes_and_every_target_and_key_is_real(tree):
-    open_values = {"jsonl": ["data.source.path=x.jsonl"], "reasoning_gym": ["data.source.tasks={gcd: {}}"]}
-    open_values["hf"] = ["model.name=some/name"]
+    open_values = {
+        "data=jsonl": "data.source.path=x.jsonl",
+        "data=reasoning_gym": "data.source.tasks={gcd: {}}",
+        "model=hf": "model.name=some/name",
+        "reference=teacher": "reference.name=some-name",
+        **{f"{group}=verifiers": f"{key}.name=x" for group, key in VERIFIERS.items()},
+    }
     overrides = [f"{group}={option}" for group, option in tree.items()]
-    open_values["teacher"] = ["reference.name=some-name"]
-    overrides += [value for group in ("data", "model", "reference") for value in open_values.get(tree[group], [])]
+    overrides += [open_values[chosen] for chosen in overrides if chosen in open_values]
     cfg = without_hydra(compose("train", overrides, multirun=True))
     check_run(cfg)
     for stage in ("pretrain", "sft", "rl"):

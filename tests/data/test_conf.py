@@ -23,7 +23,8 @@ def overrides(name, tmp_path):
     }[name]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+# That of the verifiers library needs the library: tests/environments/test_verifiers.py.
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONF.glob("*.yaml")} - {"verifiers"}))
 def test_config_builds_both_sides_of_the_split(name, tmp_path):
     node = OmegaConf.load(CONF / f"{name}.yaml")
     node.merge_with_dotlist(overrides(name, tmp_path))

@@ -110,7 +110,7 @@ def real_run(tmp_path):
 
     def build(
         name: str, algorithm: str = "gdpo", shape=None, callbacks=(), max_steps=-1, lr=2**-6, on_push=None,
-        reference=None, **changes,
+        reference=None, engine=None, **changes,
     ):  # fmt: skip
         shape = shape or RoundShape(rounds=3, prompts_per_round=3, group_size=4, micro_batches=2)
         torch.manual_seed(0)
@@ -123,7 +123,8 @@ def real_run(tmp_path):
         axes = yaml.safe_load((ALGORITHMS / f"{algorithm}.yaml").read_text())
         axes.pop("_target_")
         policy = PolicyModule(model, AdamW(lr=lr), Objective(**axes | changes), temperature=0.9, reference=reference)
-        engine, sampling = BuiltinEngine(ByteTokenizer(), dtype="float32"), Sampling(temperature=0.9, max_tokens=10)
+        engine = BuiltinEngine(ByteTokenizer(), dtype="float32") if engine is None else engine
+        sampling = Sampling(temperature=0.9, max_tokens=10)
         record = SimpleNamespace(policy=policy, engine=engine, completions=[], rewards=[], folder=tmp_path / name)
 
         def push(version):
@@ -131,15 +132,20 @@ def real_run(tmp_path):
                 on_push(policy.model)
             engine.push(policy.model, version)
 
+        def freeze(version):
+            if on_push:
+                on_push(policy.model)
+            return stages.freeze(version)
+
         def on_round(finished):
             record.completions.append([c for group in finished.groups for c in group.completions])
             record.rewards.append(torch.cat([group.scores.values_BR for group in finished.groups]))
             policy.on_round(finished)
 
         stages = policy.stages(engine, sampling, Even(), updates=shape.updates)
-        stages = replace(stages, push=push)  # the same, watched
+        watched = replace(stages, push=push, freeze=freeze)
         record.loop = RolloutLoop(
-            PromptCursor(prompts(7), seed=5), stages, shape, request_seed=request_seed, seed=1, max_completion=10,
+            PromptCursor(prompts(7), seed=5), watched, shape, request_seed=request_seed, seed=1, max_completion=10,
             pad_id=ByteTokenizer().pad_id, on_round=on_round,
         )  # fmt: skip
         record.trainer = L.Trainer(

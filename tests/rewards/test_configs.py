@@ -22,7 +22,8 @@ def composed(tmp_path, *overrides):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_builds_a_reward(tmp_path, name):
-    config = composed(tmp_path, f"reward=[{name}]", f"reward.{name}.weight=0.125")
+    asked_for = ["reward.verifiers.name=x"] if name == "verifiers" else []
+    config = composed(tmp_path, f"reward=[{name}]", f"reward.{name}.weight=0.125", *asked_for)
     assert list(config.reward) == [name]
     reward = instantiate(config.reward[name])
     assert isinstance(reward, Reward) and reward.weight == 0.125

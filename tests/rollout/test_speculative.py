@@ -62,9 +62,9 @@ def test_the_draft_is_what_training_makes_of_the_same_tokens(drafting):
     torch.testing.assert_close(start, wanted[:, :8], atol=1e-5, rtol=1e-5)
     for at in (8, 10):
         cursor = drafting.cursor(torch.arange(at, at + 2).expand(3, 2), cache)
-        states = drafting.decode_states(ids[:, at : at + 2], cursor, cache)
+        states = drafting.decode_states(ids[:, at : at + 2], cursor)
         torch.testing.assert_close(states, hidden.states_BTD[:, at : at + 2], atol=1e-5, rtol=1e-5)
-        got = drafting.draft(states, ids[:, at + 1 : at + 3], cursor, cache)
+        got = drafting.draft(states, ids[:, at + 1 : at + 3], cursor)
         torch.testing.assert_close(got, wanted[:, at : at + 2], atol=1e-5, rtol=1e-5)
 
 

@@ -1,7 +1,9 @@
 """Two real servers of vLLM. The tests share them and run in order: the last ones stop and kill them."""
 
+import base64
 import contextlib
 import functools
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +26,7 @@ from lit_reason.models.hf import save_hf
 from lit_reason.rollout import Sampling
 from lit_reason.rollout.vllm import VLLMEngine
 from lit_reason.rollout.vllm_serve import EXTENSION, serve_command
-from lit_reason.rollout.vllm_server import VLLMServerEngine
+from lit_reason.rollout.vllm_server import VLLMServerEngine, _experts
 from lit_reason.sync import Proof, ProvenEngine
 from lit_reason.types import Prompt
 
@@ -154,6 +157,7 @@ def test_the_command_has_the_settings_without_which_vllm_is_wrong(tmp_path):
     assert "--disable-log-stats" not in line and "--load-format" not in line and "--hf-overrides" not in line
     assert variables["VLLM_SERVER_DEV_MODE"] == "1" and variables["VLLM_MLA_DISABLE"] == "1"
     gpu, of_gpu = serve_command(tmp_path / "model", device="cuda")
+    assert "--enable-return-routed-experts" in gpu and "--enable-return-routed-experts" not in line
     assert "--enforce-eager" not in gpu and "--kv-cache-memory-bytes" not in gpu and "OMP_NUM_THREADS" not in of_gpu
 
 
@@ -228,6 +232,16 @@ def test_a_killed_trainers_files_are_swept(tmp_path):
     left.mkdir(), own.mkdir()
     _sweep(tmp_path)
     assert not left.exists() and own.exists()
+
+
+def test_experts_on_the_wire():
+    experts_SAK = np.arange(2 * 3 * 2, dtype=np.uint8).reshape(2, 3, 2)  # the layers 1 and 2 of 3 have experts
+    file = io.BytesIO()
+    np.save(file, experts_SAK)
+    found = _experts(base64.b64encode(file.getvalue()).decode(), [1, 2])
+    assert found is not None and found.dtype == torch.int16
+    assert found.tolist() == [[[2, 3], [4, 5]], [[8, 9], [10, 11]]]
+    assert _experts(None, [1, 2]) is None
 
 
 # With both.
