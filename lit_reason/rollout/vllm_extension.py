@@ -21,7 +21,6 @@ from torch import Tensor
 from lit_reason.rollout.vllm_experts import moe_layers
 from lit_reason.rollout.vllm_host import _held, _prepare_reload, _reload, _set_logprobs
 
-CLASS = "lit_reason.rollout.vllm_extension.WorkerExtension"
 Answer = dict[str, Any]
 
 
