@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
@@ -87,13 +87,9 @@ class Provable(Engine, Protocol):
     @property
     def prefix_block(self) -> int: ...
 
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """What a push of `model` sends, by the names of `held`."""
-        ...
-
     def held(self) -> Mapping[str, Held]:
-        """Every parameter and buffer that it holds; what it derived from another, under that one's name, a blank and a
-        word; what no push changes, under a name that `export` does not have."""
+        """Every parameter and buffer that it holds, by the names of `lit_reason.models.export.checkpoint_tensors`; what
+        it derived from another, under that one's name, a blank and a word; what no push changes, under any other."""
         ...
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:

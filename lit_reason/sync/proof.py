@@ -1,7 +1,7 @@
 """After every weight push: does the engine hold what the trainer has?
 
-    tensors   the checksum of every parameter and buffer as the engine holds it = that of the trainer's export
-    flushed   canaries that were scored before the push are not found in the engine's cache
+    tensors   the checksum of every parameter and buffer as the engine holds it = that of the trainer's checkpoint
+    flushed   canaries that were scored just before the push are not found in the engine's cache
     cached    scored again, now through the cache, the trainer's log-probs come out
 
 Checksums alone would not see a wrong name or layout on both sides, nor old keys and values; log-probs alone would not
@@ -10,16 +10,18 @@ see a skipped push: at the learning rates of RL it moves them less than bfloat16
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lit_reason.errors import ConfigError, WeightSyncError
+from lit_reason.errors import ConfigError, RolloutError, WeightSyncError
 from lit_reason.models import CausalLM
 from lit_reason.models.checksum import digest
+from lit_reason.models.export import checkpoint_tensors
 from lit_reason.rollout.engine import Held, NextToken, OnProgress, Provable
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
@@ -37,16 +39,31 @@ class Proof:
             knows, since rounding flips experts on others.
         limit: the largest mean difference of log-probs (nats); by the engine's dtype if None (`LIMITS`).
         top: how many of the likeliest next tokens are compared, weighted by their probability.
+        truth: what an engine of this dtype must hold of a model, by the names of `Provable.held`. Not what the engine
+            says that it sends: a push that leaves out adapters or rounds a buffer would agree with itself.
 
     Raises:
         WeightSyncError: by `check`: names the tensors that differ.
     """
 
-    def __init__(self, canaries: Sequence[Sequence[int]], limit: float | None = None, top: int = 4) -> None:
+    def __init__(
+        self,
+        canaries: Sequence[Sequence[int]],
+        limit: float | None = None,
+        top: int = 4,
+        truth: Callable[[nn.Module, torch.dtype], Iterator[tuple[str, Tensor]]] = checkpoint_tensors,
+    ) -> None:
         if not canaries or not all(canaries):
             raise ConfigError("a proof needs canaries: at least one, none of them empty")
-        self.canaries, self.limit, self.top = [list(ids) for ids in canaries], limit, top
+        self.canaries, self.limit, self.top, self.truth = [list(ids) for ids in canaries], limit, top, truth
         self._still: dict[str, Held] = {}  # what no push changes
+
+    def before(self, engine: Provable) -> None:
+        """Before a push: puts the canaries back into the cache, from which much generation may have pushed them, so
+        that a flush which is skipped is seen."""
+        if engine.version() >= 0:
+            with contextlib.suppress(RolloutError):  # it died, or sleeps: the push starts or wakes it
+                engine.next_token(self.canaries, self.top)
 
     def check(self, engine: Provable, model: nn.Module, version: int) -> dict[str, float]:
         """Raises WeightSyncError unless `engine` holds `model`; else what was measured."""
@@ -62,7 +79,7 @@ class Proof:
     def _check_tensors(self, engine: Provable, model: nn.Module, version: int) -> int:
         held, seen = dict(engine.held()), set()
         faults: list[str] = []
-        for name, tensor in engine.export(model):
+        for name, tensor in self.truth(model, engine.dtype):
             seen.add(name)
             copies = [key for key in held if key.split(" ")[0] == name]
             if not copies:
@@ -103,7 +120,8 @@ class Proof:
 
 
 class ProvenEngine:
-    """An engine whose every push is proven; else it passes everything on.
+    """An engine whose every push is proven, and that it wakes with the weights with which it fell asleep; else it
+    passes everything on.
 
     Example::
 
@@ -116,10 +134,31 @@ class ProvenEngine:
     def __init__(self, engine: Provable, proof: Proof) -> None:
         self.engine, self.proof = engine, proof
         self.measured: dict[str, float] = {}
+        self._slept: Mapping[str, Held] = {}
+        if hasattr(engine, "recovered"):
+            cast(Any, engine).recovered = self._prove
 
     def push(self, model: nn.Module, version: int) -> None:
+        self.proof.before(self.engine)
         self.engine.push(model, version)
-        self.measured = self.proof.check(self.engine, model, version)
+        self._prove(model, version)
+
+    def sleep(self, level: int = 1) -> None:
+        self._slept = self.engine.held() if level == 1 else {}
+        cast(Any, self.engine).sleep(level)
+
+    def wake(self) -> None:
+        """Raises WeightSyncError if the weights are not those of before a sleep of level 1."""
+        cast(Any, self.engine).wake()
+        if not self._slept:
+            return  # of level 2: nothing can be generated before the next push
+        held = self.engine.held()
+        changed = sorted(name for name in {**self._slept, **held} if self._slept.get(name) != held.get(name))
+        if changed:
+            raise WeightSyncError(
+                f"after its sleep the engine holds other weights than before: {len(changed)} of {len(held)} tensors "
+                f"differ: {'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}"
+            )
 
     def generate(
         self,
@@ -134,12 +173,16 @@ class ProvenEngine:
     def version(self) -> int:
         return self.engine.version()
 
+    def _prove(self, model: nn.Module, version: int) -> None:
+        self.measured = self.proof.check(self.engine, model, version)
+
     def __getattr__(self, name: str) -> object:
         return getattr(self.engine, name)
 
 
 def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, count: int = 8) -> list[list[int]]:
-    """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache.
+    """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache. Each
+    begins at another token, so that none shares a block with a prompt or, where all prompts begin alike, with another.
 
     Raises:
         ConfigError: the model's context is too short for a cached prefix.
@@ -152,11 +195,11 @@ def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, coun
     found = []
     for first in range(min(count, len(prompts))):
         ids: list[int] = []
-        for step in range(length):
+        for step in range(length + first + 1):
             ids += prompts[(first + step * count) % len(prompts)]
-            if len(ids) >= length:
+            if len(ids) > length + first:
                 break
-        found.append(ids[: max(length, 1)])
+        found.append(ids[first + 1 :][:length])
     return found
 
 
