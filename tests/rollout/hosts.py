@@ -81,3 +81,41 @@ class Host:
 
     def circumstances(self):
         return os.sched_getaffinity(0), os.environ.get("FOR_THE_CHILD")
+
+
+class Remembering(Host):
+    """Says what it was given; `sleep` and `wake` are written down. Ends in the way that it is told, once or always."""
+
+    def __init__(self, marker="", always=False, **settings):
+        super().__init__()
+        self.marker, self.always, self.calls = marker, always, []
+
+    def generate(self, requests, sampling, alive):
+        if self.marker and (self.always or not os.path.exists(self.marker)):
+            open(self.marker, "w").close()
+            os.kill(os.getpid(), 9)
+        return [
+            Generated((seed, self.version, *ids), (0.0,) * (2 + len(ids)), seed % 2 == 0, self.version)
+            for ids, seed in requests
+        ]
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake(self):
+        self.calls.append("wake")
+
+    def called(self):
+        return self.calls
+
+
+class Refusing(Remembering):
+    def load(self, tensors, version):
+        for i, _ in enumerate(tensors):
+            if i == 1 and version == 1:
+                raise MemoryError("no room")
+
+
+class Mislabelling(Remembering):
+    def generate(self, requests, sampling, alive):
+        return [Generated((1,), (0.0,), False, self.version - 1) for _ in requests]

@@ -218,7 +218,9 @@ def test_an_end_is_named_with_its_last_words(how, own):
         with pytest.raises(EngineDiedError):
             own.call("greet", "you", silence_s=60)
     else:
-        with pytest.raises(RolloutError, match=r"(?s)failed to start: TypeError.*unexpected keyword argument 'nonsense'"):
+        with pytest.raises(
+            RolloutError, match=r"(?s)failed to start: TypeError.*unexpected keyword argument 'nonsense'"
+        ):
             EngineProcess(HOST, {"nonsense": 1}, start_s=120)
 
 
@@ -324,5 +326,3 @@ def test_it_runs_on_the_cores_that_it_is_given():
         assert "FOR_THE_CHILD" not in os.environ
     finally:
         process.close()
-
-
