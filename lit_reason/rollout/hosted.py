@@ -122,7 +122,7 @@ class HostedEngine:
     ) -> list[Completion]:
         if len(seeds) != len(prompts):
             raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
-        if self._process is not None and self._version < 0:
+        if self.process and self._version < 0:
             raise RolloutError("the engine's weights were dropped by its sleep: call engine.push(model, version) first")
         check_lengths(prompts, self._context)
         begun = len(self._versions) - 1

@@ -109,7 +109,7 @@ def play(
     lora: bool = False,
     lr: float = 5e-5,
 ) -> Run:
-    """`rounds` optimizer steps of GDPO. `before_push` and `before_training` may break what they like, if they mend it."""
+    """`rounds` optimizer steps of GDPO. `before_push` and `before_training` may break what they mend."""
     model = copy.deepcopy(model)
     if lora:
         LoRA(rank=4).apply(model)

@@ -192,5 +192,5 @@ def test_settings_are_checked(tokenizer, settings, says):
 def test_a_prompt_without_room_for_an_answer_is_refused(make, make_model, prompts):
     engine = make()
     engine.push(make_model(max_seq_len=7), 0)
-    with pytest.raises(RolloutError, match=r"has 15 tokens; valid 1\.\.6"):
+    with pytest.raises(RolloutError, match=r"has 14 tokens; valid 1\.\.6"):
         engine.generate(prompts(2), Sampling(), [1, 2])

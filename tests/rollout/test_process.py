@@ -16,7 +16,6 @@ import torch
 
 from lit_reason.errors import EngineDiedError, EngineStalledError, RolloutError
 from lit_reason.rollout import process as process_module
-from lit_reason.rollout.engine import Progress
 from lit_reason.rollout.process import EngineProcess, buckets
 from lit_reason.rollout.worker import Generated, check_versions
 
@@ -140,7 +139,7 @@ def test_weights_come_between_two_steps_and_completions_say_so(own):
 
     def push(progress):
         if not pushed:
-            pushed.append(threading.Thread(target=own.send, args=("load", 4), kwargs=dict(tensors=[], silence_s=30)))
+            pushed.append(threading.Thread(target=own.send, args=("load", 4), kwargs={"tensors": [], "silence_s": 30}))
             pushed[0].start()
 
     found = own.call("generate", [((1,), 5)], None, 3, 0.3, silence_s=30, heard=push)
@@ -154,7 +153,7 @@ def test_a_completion_that_hides_a_change_of_weights_is_refused(own):
 
     def push(progress):
         if not pushed:
-            pushed.append(threading.Thread(target=own.send, args=("load", 4), kwargs=dict(tensors=[], silence_s=30)))
+            pushed.append(threading.Thread(target=own.send, args=("load", 4), kwargs={"tensors": [], "silence_s": 30}))
             pushed[0].start()
 
     with pytest.raises(RolloutError, match="version 4 came while 1 completions were being generated, and only 0 say"):
@@ -168,7 +167,7 @@ def test_versions_are_counted_per_change():
     check_versions([one, switched], [(1, 1)])
     check_versions([replace(one, version=1), switched], [(1, 2)])
     check_versions([one, one], [(1, 0)])  # both were finished
-    with pytest.raises(RuntimeError, match="version 1 came while 2 .* only 1 say"):
+    with pytest.raises(RuntimeError, match=r"version 1 came while 2 .* only 1 say"):
         check_versions([one, switched], [(1, 2)])
     with pytest.raises(RuntimeError, match="version 2"):
         check_versions([switched], [(1, 1), (2, 1)])

@@ -133,7 +133,7 @@ def test_a_smallest_change_of_one_element_is_named(model, engine, proven):
 def test_a_forgotten_buffer_is_named(model, engine, proven):
     proven.push(model, 0)
     model.routers()[0].bias_E += 1e-3
-    with pytest.raises(WeightSyncError, match="e_score_correction_bias differs"):
+    with pytest.raises(WeightSyncError, match=r"e_score_correction_bias differs"):
         proven.proof.check(engine, model, 1)
 
 
@@ -172,7 +172,7 @@ def test_what_no_push_changes_must_not_change(model, engine, proven):
     proven.push(model, 0)
     proven.push(model, 1)
     engine.extra = {"rotary.table": Held("float32", (3,), 2)}
-    with pytest.raises(WeightSyncError, match="rotary.table has changed"):
+    with pytest.raises(WeightSyncError, match=r"rotary\.table has changed"):
         proven.push(model, 2)
 
 
@@ -229,7 +229,7 @@ def test_a_recovered_engine_is_proven_too(model, engine, proven):
     engine.recovered(model, 0)
     assert proven.measured is not measured
     engine.copy.embed.weight.data += 1
-    with pytest.raises(WeightSyncError, match="embed_tokens.weight differs"):
+    with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight differs"):
         engine.recovered(model, 0)
 
 
