@@ -11,6 +11,8 @@ see a skipped push: at the learning rates of RL it moves them less than bfloat16
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -26,7 +28,7 @@ from lit_reason.rollout.engine import Held, NextToken, OnProgress, Provable
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
 
-# The largest mean |log p engine - log p trainer| that rounding explains (nats).
+# The largest |log p engine - log p trainer| of the median canary that rounding explains (nats).
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _QUANTISED = "float8"
 
@@ -37,7 +39,8 @@ class Proof:
     Args:
         canaries: token ids whose continuation engine and trainer must agree on, at least one; texts that the model
             knows, since rounding flips experts on others.
-        limit: the largest mean difference of log-probs (nats); by the engine's dtype if None (`LIMITS`).
+        limit: the largest difference of log-probs of the median canary (nats); by the engine's dtype if None
+            (`LIMITS`). The median: rounding flips the experts of some canaries (0.2 and more nats), a wrong weight moves all.
         top: how many of the likeliest next tokens are compared, weighted by their probability.
         truth: what an engine of this dtype must hold of a model, by the names of `Provable.held`. Not what the engine
             says that it sends: a push that leaves out adapters or rounds a buffer would agree with itself.
@@ -111,10 +114,11 @@ class Proof:
         gap = max(_gap(first, expected), _gap(second, expected))
         limit = LIMITS[engine.dtype] if self.limit is None else self.limit
         if not gap <= limit:
+            dtype = str(engine.dtype).removeprefix("torch.")
             raise WeightSyncError(
                 f"after the push of version {version} the log-probs of engine and trainer differ by {gap:.3g} nats on "
-                f"average (limit {limit:g} in {str(engine.dtype).removeprefix('torch.')}), though the checksums agree: "
-                "a wrong name, layout or setting. If it is rounding: sync.limit"
+                f"the median canary (limit {limit:g} in {dtype}), though the checksums agree: a wrong name, layout or "
+                "setting. If it is rounding: sync.limit"
             )
         return gap
 
@@ -220,14 +224,15 @@ def next_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterato
 
 
 def _gap(said: Sequence[NextToken], expected: Sequence[Tensor]) -> float:
-    """Mean |difference| over the canaries' likeliest tokens, weighted by the engine's probabilities (nats)."""
-    total = 0.0
+    """|difference| of the median canary: over its likeliest tokens, weighted by the engine's probabilities (nats)."""
+    found = []
     for one, logprobs_V in zip(said, expected, strict=True):
         tokens, logprobs = zip(*one.logprobs.items(), strict=True)
         theirs = torch.tensor(logprobs, dtype=torch.float64)
         weights = theirs.softmax(0)
-        total += float((weights * (theirs - logprobs_V[list(tokens)].double()).abs()).sum())
-    return total / len(said)
+        gap = float((weights * (theirs - logprobs_V[list(tokens)].double()).abs()).sum())
+        found.append(gap if math.isfinite(gap) else math.inf)  # NaN has no order
+    return statistics.median_high(found)
 
 
 def _fault(tensor: Tensor, held: Held) -> str:

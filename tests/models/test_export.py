@@ -164,8 +164,23 @@ def test_its_config_loads_as_the_same_model(tiny, tmp_path):
         assert torch.equal(again.eval()(ids_BT), model.eval()(ids_BT))
 
 
+def test_biases_that_the_format_cannot_hold_are_not_left_out_in_silence(tiny):
+    model = make(tiny, "softmax")
+    model.routers()[0].bias_E[1] = 1e-3
+    with pytest.raises(ConfigError, match="has no place for"):
+        list(checkpoint_tensors(model, torch.float32))
+
+
 def test_a_model_without_a_format_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"a Linear has no checkpoint format: push a lit_reason"):
         list(checkpoint_tensors(torch.nn.Linear(1, 1), torch.float32))
     with pytest.raises(ConfigError, match=r"a Linear has no config"):
         write_config(torch.nn.Linear(1, 1), tmp_path, torch.float32)
+
+
+def test_of_transformers_the_config_names_the_class(tmp_path):
+    """A model from a config does not name it, and vLLM then takes a class without a head."""
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3"](**FAMILY))
+    write_config(HFModel(lm), tmp_path, torch.bfloat16)
+    document = read_json(tmp_path / "config.json")
+    assert document["architectures"] == ["Qwen3ForCausalLM"] and document["dtype"] == "bfloat16"

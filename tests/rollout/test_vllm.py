@@ -88,7 +88,7 @@ def step(model, size):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * size * parameter.std().nan_to_num())
-        for router in model.routers():
+        for router in model.routers() if model.routers() and model.config.scoring == "sigmoid" else ():
             router.bias_E.add_(torch.randn_like(router.bias_E) * 1e-3)
 
 
