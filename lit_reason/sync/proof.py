@@ -40,7 +40,8 @@ class Proof:
         canaries: token ids whose continuation engine and trainer must agree on, at least one; texts that the model
             knows, since rounding flips experts on others.
         limit: the largest difference of log-probs of the median canary (nats); by the engine's dtype if None
-            (`LIMITS`). The median: rounding flips the experts of some canaries (0.2 and more nats), a wrong weight moves all.
+            (`LIMITS`). The median: rounding flips experts on some canaries (0.2 nats and more), a wrong weight moves
+            all of them.
         top: how many of the likeliest next tokens are compared, weighted by their probability.
         truth: what an engine of this dtype must hold of a model, by the names of `Provable.held`. Not what the engine
             says that it sends: a push that leaves out adapters or rounds a buffer would agree with itself.
