@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
 from lit_reason.models.adapters import merged_weights
+from lit_reason.models.hf import check_biases
 from lit_reason.models.hf_config import CONFIG, to_hf_config
 from lit_reason.models.hf_files import to_json
 from lit_reason.models.hf_policy import HFModel
@@ -34,7 +35,7 @@ def checkpoint_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
     Multi-token-prediction layers are left out: engines do not draft with them.
 
     Raises:
-        ConfigError: a model that no checkpoint format is known for.
+        ConfigError: a model that no checkpoint format is known for, or that its format cannot hold.
     """
     if isinstance(model, Transformer):
         yield from _ours(model, dtype)
@@ -52,6 +53,7 @@ def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         document = to_hf_config(model.config, str(dtype).removeprefix("torch.")) | {"num_nextn_predict_layers": 0}
     elif isinstance(model, HFModel):
         document = json.loads(model.lm.config.to_json_string(use_diff=False))
+        document["architectures"] = [type(model.lm).__name__]  # transformers sets it when it saves
         document |= {"torch_dtype": str(dtype).removeprefix("torch."), "dtype": str(dtype).removeprefix("torch.")}
     else:
         raise ConfigError(f"a {type(model).__name__} has no {CONFIG}")
@@ -59,6 +61,7 @@ def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _ours(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    check_biases(model)
     weights, scale = merged_weights(model), model.config.residual_scale
     for name, slot in slots(model.config).items():
         if slot.name.startswith("mtp.") or slot.repeated:

@@ -95,16 +95,21 @@ def save_hf(
         raise ConfigError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     document = to_hf_config(model.config, str(model.embed.weight.dtype).removeprefix("torch."))
     document |= {key: (special_tokens or {}).get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if model.config.scoring == "softmax" and any(router.bias_E.any() for router in model.routers()):
-        raise ConfigError(
-            "the routers have selection biases, which DeepSeek-V2's format (scoring=softmax) has no place for"
-        )
+    check_biases(model)
     with new_folder(folder) as temporary:
         _write_weights(model, temporary, max_shard_bytes)
         (temporary / CONFIG).write_text(to_json(document))
         if extra is not None:
             extra(temporary)
     return folder
+
+
+def check_biases(model: Transformer) -> None:
+    """ConfigError for selection biases that no tensor of the format would hold."""
+    if model.config.scoring == "softmax" and any(router.bias_E.any() for router in model.routers()):
+        raise ConfigError(
+            "the routers have selection biases, which DeepSeek-V2's format (scoring=softmax) has no place for"
+        )
 
 
 def _interleave(name: str, weight: Tensor, config: ModelConfig) -> Tensor:

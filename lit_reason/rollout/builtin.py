@@ -116,8 +116,8 @@ class BuiltinEngine:
         return 0
 
     @torch.no_grad()
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """See `Provable.export`: parameters in the engine's dtype but for the routers', buffers as they are."""
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See `Provable.truth`: parameters in the engine's dtype but for the routers', buffers as they are."""
         parameters = {plain_name(name) for name, _ in model.named_parameters()}
         for name, tensor in merged_weights(model).items():
             yield name, tensor.to(self.dtype) if name in parameters and ".router." not in name else tensor

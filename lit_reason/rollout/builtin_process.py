@@ -54,8 +54,11 @@ class BuiltinProcess(HostedEngine):
     def prefix_block(self) -> int:
         return 0
 
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return self._engine.truth(model)
+
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return self._engine.export(model)
+        return self._engine.truth(model)
 
     def environment(self) -> dict[str, str]:
         return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -88,13 +88,14 @@ class Provable(Engine, Protocol):
         """Tokens per block of its prefix cache; 0 if it keeps none from one call to the next."""
         ...
 
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """What a push of `model` sends, by the names of `held`."""
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What it must hold of `model`, by the names of `held`. Not what it sends: a push that leaves out adapters or
+        rounds a buffer would agree with itself."""
         ...
 
     def held(self) -> Mapping[str, Held]:
         """Every parameter and buffer that it holds; what it derived from another, under that one's name, a blank and a
-        word; what no push changes, under a name that `export` does not have."""
+        word; what no push changes, under a name that `truth` does not have."""
         ...
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:

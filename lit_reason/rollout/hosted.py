@@ -3,13 +3,14 @@
 first push      start the process with the model's shape
 every push      the export, some tensors at a time
 generate        answers with deadlines; if the process dies or stalls: once more, in a new one, from the same seeds
+sleep           gives its memory to the trainer; after level 2 it has no weights until the next push
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,11 +38,13 @@ class HostedEngine:
         dtype: in which it computes.
         cores: the CPU cores that its process may use, e.g. [1]; all if None.
         deadlines: seconds by name (`Deadlines`).
+
+    Attributes:
+        recovered: called with the model and its version when a new process has taken over the old one's weights.
     """
 
     HOST = ""
     in_flight = True  # weights can be pushed while it generates
-    shares_weights = False
 
     def __init__(
         self,
@@ -61,8 +64,11 @@ class HostedEngine:
         self._process: EngineProcess | None = None
         self._model: nn.Module | None = None
         self._pushed: dict[str, int] = {}  # digests of the last push, to know the same weights again
-        self._context = 0
+        self._context: int = 0
+        self._versions: list[int] = []  # of every push that was begun
+        self._asleep = 0
         self._version = -1
+        self.recovered: Callable[[nn.Module, int], object] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +79,8 @@ class HostedEngine:
         """Raises RolloutError before the first push."""
         if self._process is None:
             raise RolloutError("the engine has no weights yet: call engine.push(model, version) first")
+        if self._asleep:
+            raise RolloutError(f"the engine sleeps (level {self._asleep}): call engine.wake() first")
         return self._process
 
     def version(self) -> int:
@@ -87,19 +95,23 @@ class HostedEngine:
         return {}
 
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What a push sends."""
         raise NotImplementedError
 
     def push(self, model: nn.Module, version: int) -> None:
         if self._process is None or not self._process.alive:
             self._start(model)
+        if self._asleep:
+            self.wake()
         self._model, self._pushed = model, {}
+        self._versions.append(version)
         try:
             self.process.send("load", version, tensors=self._noting(model), silence_s=self.deadlines.push)
-        except (EngineDiedError, EngineStalledError):
-            raise
-        except RolloutError as error:
+        except BaseException as error:
             self.close()  # it may hold half of them
-            raise WeightSyncError(f"the engine refused the weights of version {version}: {error}") from error
+            if isinstance(error, RolloutError) and not isinstance(error, EngineDiedError | EngineStalledError):
+                raise WeightSyncError(f"the engine refused the weights of version {version}: {error}") from error
+            raise
         self._version = version
 
     def generate(
@@ -112,7 +124,10 @@ class HostedEngine:
     ) -> list[Completion]:
         if len(seeds) != len(prompts):
             raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+        if self.process and self._version < 0:
+            raise RolloutError("the engine's weights were dropped by its sleep: call engine.push(model, version) first")
         check_lengths(prompts, self._context)
+        begun = len(self._versions) - 1
         requests = [(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
         def ask() -> list[Generated]:
@@ -122,14 +137,31 @@ class HostedEngine:
         try:
             found = ask()
         except (EngineDiedError, EngineStalledError) as error:
+            if self._process is None:  # closed from another thread
+                raise
             log.warning("%s\nIt is started once more, and the same seeds are generated again.", error)
             self._recover(error)
             found = ask()
+        check_known(found, self._versions[begun:])
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
         return [
             self._completion(prompt, idx, seed, one)
             for prompt, idx, seed, one in zip(prompts, sample_idx, seeds, found, strict=True)
         ]
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives memory back until `wake`: 1 keeps the weights on the host, 2 drops them, so that only a push, which
+        also wakes it, brings them back."""
+        if level not in (1, 2):
+            raise RolloutError(f"got sleep(level={level}); valid: 1 keeps the weights, 2 drops them")
+        self.process.call("sleep", level, silence_s=self.deadlines.push)
+        self._asleep = level
+        if level == 2:
+            self._version, self._pushed = -1, {}
+
+    def wake(self) -> None:
+        self._asleep = 0
+        self.process.call("wake", silence_s=self.deadlines.push)
 
     def held(self) -> Mapping[str, Held]:
         return self.process.call("held", silence_s=self.deadlines.push)
@@ -142,6 +174,7 @@ class HostedEngine:
         if self._process is not None:
             self._process.close()
             self._process = None
+        self._asleep, self._version = 0, -1
 
     def _start(self, model: nn.Module) -> None:
         self.close()
@@ -164,6 +197,8 @@ class HostedEngine:
                 "cannot be generated again. The same command resumes from the last checkpoint"
             ) from cause
         self.push(model, version)
+        if self.recovered is not None:
+            self.recovered(model, version)
 
     def _completion(self, prompt: Prompt, idx: int, seed: int, one: Generated) -> Completion:
         ids = one.token_ids[:-1] if one.stopped else one.token_ids
@@ -202,3 +237,13 @@ def check_lengths(prompts: Sequence[Prompt], context: int) -> None:
                 f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{context - 1} "
                 f"(model.max_seq_len={context} leaves at least one token for the answer)"
             )
+
+
+def check_known(found: Sequence[Generated], versions: Sequence[int]) -> None:
+    """RolloutError for a completion of a version that was not the engine's while it was generated."""
+    said = {version for one in found for version in (one.version, *(to for _, to in one.switches))}
+    if unknown := said - set(versions):
+        raise RolloutError(
+            f"the engine says that it generated with weights of version {', '.join(map(str, sorted(unknown)))}; "
+            f"it had been given {', '.join(map(str, versions))}"
+        )

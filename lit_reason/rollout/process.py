@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,11 +97,19 @@ class EngineProcess:
         theirs.close()
         self._numbers = itertools.count()
         self._answers: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
-        self._lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader = threading.Thread(target=_read, args=(self._connection, self._answers), daemon=True)
-        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self._memory, self.log)
+        # A stopped child reads nothing: whoever wrote to its full pipe would wait for ever.
+        writer = threading.Thread(target=_write_all, args=(self._connection, self._outbox), daemon=True)
+        held = (self._process, self._connection, self._memory, self.log, self._outbox, (self._reader, writer))
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), *held)
         self._reader.start()
-        self.call("start", dict(settings), silence_s=start_s)
+        writer.start()
+        try:
+            self.call("start", dict(settings), silence_s=start_s)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -134,7 +143,10 @@ class EngineProcess:
 
     def send(self, kind: str, *payload: Any, tensors: Iterable[tuple[str, Tensor]], silence_s: float) -> None:
         """A call whose host takes `tensors`, which are sent some at a time: never more than `BUCKET` bytes or the
-        largest of them exist twice."""
+        largest of them exist twice.
+
+        Trap: after any error the host may hold half of them, or still wait for the rest: close it.
+        """
         number = self._ask(kind, payload)
         try:
             for bucket in buckets(tensors, BUCKET):
@@ -156,20 +168,17 @@ class EngineProcess:
         return number
 
     def _write(self, number: int, kind: str, payload: Any) -> None:
-        try:
-            with self._lock:
-                self._connection.send((number, kind, payload))
-        except OSError as error:
-            raise self._died(kind) from error
+        self._outbox.put(ForkingPickler.dumps((number, kind, payload)))
 
     def _hear(self, number: int, kind: str, silence_s: float) -> tuple[str, Any]:
         until = time.monotonic() + silence_s
-        said, value = "", None
+        said, value = "", cast(Any, None)
         while not said:
             try:
                 said, value = self._answers[number].get(timeout=min(1.0, max(until - time.monotonic(), 0.01)))
             except queue.Empty:
-                if not self._reader.is_alive():  # it left before this call was written
+                # It left before this call was written; or what it started holds its end of the pipe open.
+                if not self._reader.is_alive() or not self.alive:
                     said = "died"
                 elif time.monotonic() > until:
                     raise self._stalled(kind, silence_s) from None
@@ -181,6 +190,8 @@ class EngineProcess:
         return said, value
 
     def _died(self, doing: str) -> EngineDiedError:
+        if not self._finalizer.alive:
+            return EngineDiedError(f"the process of {self.name} was closed while asked to {doing}")
         code = self._ended()
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         memory = " Out of memory? The kernel kills in that way." if code == -signal.SIGKILL else ""
@@ -191,13 +202,14 @@ class EngineProcess:
     def _stalled(self, doing: str, silence_s: float) -> EngineStalledError:
         state = _state(self.pid)
         was_stopped = " It was stopped (SIGSTOP)." if state == "T" else ""
-        before = self.log.stat().st_size
-        os.kill(self.pid, signal.SIGUSR1)  # faulthandler writes the stacks
-        os.kill(self.pid, signal.SIGCONT)
-        until = time.monotonic() + _STACKS_S
-        while self.log.stat().st_size == before and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(0.2)
+        with contextlib.suppress(OSError):  # it is gone, or another thread that waited has closed it
+            before = self.log.stat().st_size
+            os.kill(self.pid, signal.SIGUSR1)  # faulthandler writes the stacks
+            os.kill(self.pid, signal.SIGCONT)
+            until = time.monotonic() + _STACKS_S
+            while self.log.stat().st_size == before and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(0.2)
         message = (
             f"{self.name} gave no sign of life for {silence_s:g} s while asked to {doing}; process {self.pid} was in "
             f"state {state} and has been ended.{was_stopped} If it only needs longer: rollout.engine.deadlines\n"
@@ -244,15 +256,37 @@ def _read(connection: Any, answers: dict[int, queue.SimpleQueue[tuple[str, Any]]
             for waiting in list(answers.values()):
                 waiting.put(("died", None))
             return
-        if number in answers:
-            answers[number].put((said, value))
+        if (waiting := answers.get(number)) is not None:  # whoever asked may have given up meanwhile
+            waiting.put((said, value))
 
 
-def _end(process: subprocess.Popen[bytes], connection: Any, memory: int, log: Path) -> None:
+def _write_all(connection: Any, outbox: queue.SimpleQueue[Any]) -> None:
+    while (message := outbox.get()) is not None:
+        try:
+            connection.send_bytes(message)
+        except OSError:
+            return  # the reader tells those who wait
+
+
+def _end(
+    owner: int,
+    process: subprocess.Popen[bytes],
+    connection: Any,
+    memory: int,
+    log: Path,
+    outbox: queue.SimpleQueue[Any],
+    threads: Sequence[threading.Thread],
+) -> None:
     """No orphans: the whole session is killed, gently or not, also at the interpreter's exit."""
+    if os.getpid() != owner:
+        return  # a fork of the trainer exits: the engine is not its own
+    outbox.put(None)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for thread in threads:  # a closed descriptor's number may be another file's the next moment
+        if thread is not threading.current_thread():
+            thread.join(timeout=5)
     connection.close()
     os.close(memory)
     log.unlink(missing_ok=True)

@@ -89,6 +89,9 @@ class VLLMEngine(HostedEngine):
             self._block = int(self.process.call("prefix_block", silence_s=self.deadlines.push))
         return self._block
 
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return checkpoint_tensors(model, self.dtype)
+
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return checkpoint_tensors(model, self.dtype)
 

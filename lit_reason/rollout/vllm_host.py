@@ -103,7 +103,6 @@ class VLLMHost:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._logprobs_at(1.0)
         params = SamplingParams(
             temperature=0.0, max_tokens=1, logprobs=top, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
@@ -189,6 +188,10 @@ def _prepare_reload(worker: Any) -> None:
 
 def _reload(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
     worker.model_runner.reload_weights(weights_iterator=tensors)
+    model = worker.model_runner.get_model()
+    if worker.device.type == "cpu" and model.config.tie_word_embeddings:
+        # A tied head gets no weights of its own, so vLLM leaves the packed copy that it had of the old ones.
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 def _held(worker: Any) -> Mapping[str, Held]:

@@ -32,11 +32,13 @@ def held(model: Any) -> dict[str, Held]:
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     module: Any
     for prefix, module in model.named_modules():
-        if isinstance(module, VocabParallelEmbedding):
+        if isinstance(module, ParallelLMHead):
+            yield from _head(model, prefix, module)
+        elif isinstance(module, VocabParallelEmbedding):
             yield f"{prefix}.weight", module.get_parameter("weight")[: module.org_vocab_size]
         elif isinstance(module, LinearBase):
             yield from _linear(model, prefix, module)
@@ -53,6 +55,16 @@ def _own(prefix: str, module: nn.Module, but: tuple[str, ...] = ()) -> Iterator[
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if name not in but:
             yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _head(model: Any, prefix: str, head: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tied one is the embedding; on a CPU a packed copy of either is what makes the logits."""
+    tied, rows = model.config.tie_word_embeddings, head.org_vocab_size
+    name = "model.embed_tokens.weight" if tied else f"{prefix}.weight"
+    yield f"{name} head" if tied else name, head.weight[:rows]
+    if hasattr(head, "cpu_linear"):
+        units = torch.eye(head.embedding_dim, dtype=head.weight.dtype, device=head.weight.device)
+        yield f"{name} packed", head.quant_method.apply(head, units).t()[:rows]
 
 
 def _linear(model: Any, prefix: str, layer: Any) -> Iterator[tuple[str, Tensor]]:

@@ -117,6 +117,9 @@ class VLLMServerEngine:
     def version(self) -> int:
         return self._version
 
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return checkpoint_tensors(model, self.dtype)
+
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return checkpoint_tensors(model, self.dtype)
 

@@ -10,12 +10,14 @@
                                 <-      (3, "done", results)        or (3, "failed", error)
 
 Calls are served one after the other, but for those that come while it generates: they are served between two steps, so
-that weights can change in flight. When the parent goes away, however it does, the child and all that it started end.
+that weights can change in flight; whoever was running then must say so (`check_versions`). When the parent goes away,
+however it does, the child and all that it started end.
 Only the process that started the child can write to it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import mmap
@@ -36,6 +38,8 @@ from torch import Tensor
 
 from lit_reason.rollout.engine import Held, NextToken, Progress
 from lit_reason.rollout.sampling import Sampling
+
+_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +92,21 @@ class Mailbox:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.calls: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
-        self.tensors: queue.SimpleQueue[Sequence[Place] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.tensors: queue.SimpleQueue[tuple[int, Sequence[Place] | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(os.getppid(),), daemon=True).start()
 
-    def _read(self) -> None:
+    def _read(self, parent: int) -> None:
         while True:
             try:
+                # A fork of the parent that outlives it would hold the pipe open: its end is not the only sign.
+                while not self.connection.poll(1.0):
+                    if os.getppid() != parent:
+                        raise EOFError
                 number, kind, payload = self.connection.recv()
             except (EOFError, OSError):
                 os.killpg(os.getpgid(0), signal.SIGKILL)  # its own group: `process` starts it as a session's leader
             if kind == "tensors":
-                self.tensors.put(payload)
+                self.tensors.put((number, payload))
             else:
                 self.calls.put((number, kind, payload))
 
@@ -117,33 +125,71 @@ class Worker:
         while True:
             self.serve(*self.mailbox.calls.get())
 
-    def serve(self, number: int, kind: str, payload: tuple[Any, ...]) -> None:
+    def serve(self, number: int, kind: str, payload: tuple[Any, ...]) -> bool:
+        """Whether it went well."""
         try:
             self.mailbox.send(number, "done", self._call(number, kind, payload))
+            return True
         except Exception as error:
             said = (type(error).__name__, str(error), traceback.format_exc())
             self.mailbox.send(number, "failed", said)
+            return False
 
     def _call(self, number: int, kind: str, payload: tuple[Any, ...]) -> Any:
         if kind == "start":
             self.host = self.make_host(**payload[0])
         elif kind == "load":
-            self.host.load(self._received(number), *payload)
+            self._load(number, *payload)
         elif kind == "generate":
-            return self.host.generate(*payload, lambda progress: self._alive(number, progress))
+            return self._generate(number, *payload)
         else:
             return getattr(self.host, kind)(*payload)
 
-    def _alive(self, number: int, progress: Progress) -> None:
-        self.mailbox.send(number, "alive", progress)
-        while not self.mailbox.calls.empty():
-            self.serve(*self.mailbox.calls.get())
+    def _load(self, number: int, version: int) -> None:
+        tensors = self._received(number)
+        self.host.load(tensors, version)
+        if (left := next(tensors, None)) is not None:
+            raise RuntimeError(f"it took only a part of the weights: {left[0]} and what follows were left")
+
+    def _generate(self, number: int, *arguments: Any) -> list[Generated]:
+        changes: list[tuple[int, int]] = []
+
+        def alive(progress: Progress) -> None:
+            self.mailbox.send(number, "alive", progress)
+            while not self.mailbox.calls.empty():
+                call = self.mailbox.calls.get()
+                if self.serve(*call) and call[1] == "load":
+                    changes.append((call[2][0], progress.total - progress.done))
+
+        found = self.host.generate(*arguments, alive)
+        check_versions(found, changes)
+        return found
 
     def _received(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a push, copied out of the shared memory, which the next ones overwrite."""
-        while (places := self.mailbox.tensors.get()) is not None:
+        while True:
+            of, places = self.mailbox.tensors.get()
+            if of != number:
+                continue  # of a push whose host gave up
+            if places is None:
+                return
             yield from list(unpacked(places, self.memory))
             self.mailbox.send(number, "taken")
+
+
+def check_versions(found: Sequence[Generated], changes: Sequence[tuple[int, int]]) -> None:
+    """Every completion that was running when weights came must name them: RuntimeError if one does not.
+
+    Args:
+        changes: (version, number of completions that were running then) of each push while these were generated.
+    """
+    for version, running in changes:
+        named = sum(version in (one.version, *(to for _, to in one.switches)) for one in found)
+        if named < running:
+            raise RuntimeError(
+                f"the weights of version {version} came while {running} completions were being generated, and only "
+                f"{named} say so: their tokens are of other weights than their versions tell"
+            )
 
 
 def packed(tensors: Iterable[tuple[str, Tensor]], memory: int) -> list[Place]:
@@ -189,6 +235,8 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # `process` asks for the stacks of a host that stalls
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    # While it is stopped it cannot see its parent end: the kernel is to wake it then.
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGCONT)
     mailbox = Mailbox(Connection(connection))
     module, _, name = host.partition(":")
     Worker(mailbox, memory, getattr(importlib.import_module(module), name)).run()

@@ -1,7 +1,7 @@
 """After every weight push: does the engine hold what the trainer has?
 
-    tensors   the checksum of every parameter and buffer as the engine holds it = that of the trainer's export
-    flushed   canaries that were scored before the push are not found in the engine's cache
+    tensors   the checksum of every parameter and buffer as the engine holds it = that of the trainer's checkpoint
+    flushed   canaries that were scored just before the push are not found in the engine's cache
     cached    scored again, now through the cache, the trainer's log-probs come out
 
 Checksums alone would not see a wrong name or layout on both sides, nor old keys and values; log-probs alone would not
@@ -10,21 +10,24 @@ see a skipped push: at the learning rates of RL it moves them less than bfloat16
 
 from __future__ import annotations
 
+import contextlib
+import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lit_reason.errors import ConfigError, WeightSyncError
+from lit_reason.errors import ConfigError, RolloutError, WeightSyncError
 from lit_reason.models import CausalLM
 from lit_reason.models.checksum import digest
 from lit_reason.rollout.engine import Held, NextToken, OnProgress, Provable
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
 
-# The largest mean |log p engine - log p trainer| that rounding explains (nats).
+# The largest |log p engine - log p trainer| of the median canary that rounding explains (nats).
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _QUANTISED = "float8"
 
@@ -35,9 +38,10 @@ class Proof:
     Args:
         prompts: token ids of texts that the model knows, of which the canaries are made: on others rounding flips
             experts.
-        limit: the largest mean difference of log-probs (nats); by the engine's dtype if None (`LIMITS`).
+        limit: the largest difference of log-probs of the median canary (nats); by the engine's dtype if None
+            (`LIMITS`). The median: rounding flips experts on some canaries (0.2 nats and more), a wrong weight moves
+            all of them.
         top: how many of the likeliest next tokens are compared, weighted by their probability.
-
         count: how many canaries.
     """
 
@@ -52,6 +56,13 @@ class Proof:
         self.prompts, self.limit, self.top, self.count = prompts, limit, top, count
         self._canaries: list[list[int]] = []
         self._still: dict[str, Held] = {}  # what no push changes
+
+    def before(self, engine: Provable) -> None:
+        """Before a push: puts the canaries back into the cache, from which much generation may have pushed them, so
+        that a flush which is skipped is seen."""
+        if self._canaries and engine.version() >= 0:
+            with contextlib.suppress(RolloutError):  # it died, or sleeps: the push starts or wakes it
+                engine.next_token(self._canaries, self.top)
 
     def check(self, engine: Provable, model: nn.Module, version: int) -> dict[str, float]:
         """What was measured.
@@ -74,7 +85,7 @@ class Proof:
     def _check_tensors(self, engine: Provable, model: nn.Module, version: int) -> int:
         held, seen = dict(engine.held()), set()
         faults: list[str] = []
-        for name, tensor in engine.export(model):
+        for name, tensor in engine.truth(model):
             seen.add(name)
             copies = [key for key in held if key.split(" ")[0] == name]
             if not copies:
@@ -98,24 +109,26 @@ class Proof:
                 f"after the push of version {version} the engine still had {stale} tokens of the canaries in its "
                 "prefix cache: keys and values of old weights"
             )
-        second = engine.next_token(self._canaries, self.top)
         block = engine.prefix_block()
-        if block and any(one.cached == 0 for one, ids in zip(second, self._canaries, strict=True) if len(ids) > block):
+        second = engine.next_token(self._canaries, self.top) if block else first
+        if any(one.cached == 0 for one, ids in zip(second, self._canaries, strict=True) if 0 < block < len(ids)):
             raise WeightSyncError("the engine did not use its prefix cache for a canary that it had just read")
-        expected = list(next_logprobs(model, self._canaries))
+        expected = next_logprobs(model, self._canaries)
         gap = max(_gap(first, expected), _gap(second, expected))
         limit = LIMITS[engine.dtype] if self.limit is None else self.limit
         if not gap <= limit:
+            dtype = str(engine.dtype).removeprefix("torch.")
             raise WeightSyncError(
                 f"after the push of version {version} the log-probs of engine and trainer differ by {gap:.3g} nats on "
-                f"average (limit {limit:g} in {str(engine.dtype).removeprefix('torch.')}), though the checksums agree: "
-                "a wrong name, layout or setting. If it is rounding: rollout.proof.limit"
+                f"the median canary (limit {limit:g} in {dtype}), though the checksums agree: a wrong name, layout or "
+                "setting. If it is rounding: rollout.proof.limit"
             )
         return gap
 
 
 class ProvenEngine:
-    """An engine whose every push is proven; else it passes everything on.
+    """An engine whose every push is proven, and that it wakes with the weights with which it fell asleep; else it
+    passes everything on.
 
     Example::
 
@@ -128,10 +141,31 @@ class ProvenEngine:
     def __init__(self, engine: Provable, proof: Proof) -> None:
         self.engine, self.proof = engine, proof
         self.measured: dict[str, float] = {}
+        self._slept: Mapping[str, Held] = {}
+        if hasattr(engine, "recovered"):
+            cast(Any, engine).recovered = self._prove
 
     def push(self, model: nn.Module, version: int) -> None:
+        self.proof.before(self.engine)
         self.engine.push(model, version)
-        self.measured = self.proof.check(self.engine, model, version)
+        self._prove(model, version)
+
+    def sleep(self, level: int = 1) -> None:
+        self._slept = self.engine.held() if level == 1 else {}
+        cast(Any, self.engine).sleep(level)
+
+    def wake(self) -> None:
+        """Raises WeightSyncError if the weights are not those of before a sleep of level 1."""
+        cast(Any, self.engine).wake()
+        if not self._slept:
+            return  # of level 2: nothing can be generated before the next push
+        held = self.engine.held()
+        changed = sorted(name for name in {**self._slept, **held} if self._slept.get(name) != held.get(name))
+        if changed:
+            raise WeightSyncError(
+                f"after its sleep the engine holds other weights than before: {len(changed)} of {len(held)} tensors "
+                f"differ: {'; '.join(changed[:8])}{' ...' if len(changed) > 8 else ''}"
+            )
 
     def generate(
         self,
@@ -146,57 +180,63 @@ class ProvenEngine:
     def version(self) -> int:
         return self.engine.version()
 
+    def _prove(self, model: nn.Module, version: int) -> None:
+        self.measured = self.proof.check(self.engine, model, version)
+
     def __getattr__(self, name: str) -> object:
         return getattr(self.engine, name)
 
 
 def canaries_of(prompts: Sequence[Sequence[int]], block: int, context: int, count: int) -> list[list[int]]:
-    """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache.
+    """Token ids for a proof: `count` different texts of prompts in a row, longer than a block of the prefix cache. Each
+    begins at another token, so that none shares a block with a prompt or, where all prompts begin alike, with another.
 
     Raises:
         ConfigError: the model's context is too short for a cached prefix.
     """
     if block >= context:
         raise ConfigError(
-            f"a canary needs more than {block} tokens (a block of the prefix cache), the context is {context}"
+            f"a canary needs more tokens than a block of the engine's prefix cache has ({block}), the model's context "
+            f"is {context}: take a model with a longer context, or type rollout.proof=null"
         )
     length = min(max(48, block + 16), context - 1)
     found = []
     for first in range(min(count, len(prompts))):
         ids: list[int] = []
-        for step in range(length):
+        for step in range(length + first + 1):
             ids += prompts[(first + step * count) % len(prompts)]
-            if len(ids) >= length:
+            if len(ids) > length + first:
                 break
-        found.append(ids[: max(length, 1)])
+        found.append(ids[first + 1 :][:length])
     return found
 
 
 @torch.no_grad()
-def next_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """log p of the token after each prompt (V,), by the forward that training uses, in the weights' own dtype."""
+def next_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """log p of the token after each of B prompts, (B, V), by the forward that training uses, in the weights' dtype."""
     lm, training = cast(CausalLM, model), model.training
+    ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(ids)) for ids in prompts], batch_first=True)
+    counts_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    counts_BT[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])] = True
     model.eval()
     try:
-        for ids in prompts:
-            ids_1T = torch.tensor([list(ids)], device=lm.device)
-            counts_1T = torch.zeros_like(ids_1T, dtype=torch.bool)
-            counts_1T[0, -1] = True
-            with torch.autocast(lm.device.type, enabled=False):
-                yield lm.head(lm.states_at(ids_1T, counts_1T))[0].float().log_softmax(-1).cpu()
+        with torch.autocast(lm.device.type, enabled=False):
+            states_BD = lm.states_at(ids_BT.to(lm.device), counts_BT.to(lm.device))
+            return lm.head(states_BD).float().log_softmax(-1).cpu()
     finally:
         model.train(training)
 
 
-def _gap(said: Sequence[NextToken], expected: Sequence[Tensor]) -> float:
-    """Mean |difference| over the canaries' likeliest tokens, weighted by the engine's probabilities (nats)."""
-    total = 0.0
-    for one, logprobs_V in zip(said, expected, strict=True):
+def _gap(said: Sequence[NextToken], expected_BV: Tensor) -> float:
+    """|difference| of the median canary: over its likeliest tokens, weighted by the engine's probabilities (nats)."""
+    found = []
+    for one, logprobs_V in zip(said, expected_BV, strict=True):
         tokens, logprobs = zip(*one.logprobs.items(), strict=True)
         theirs = torch.tensor(logprobs, dtype=torch.float64)
         weights = theirs.softmax(0)
-        total += float((weights * (theirs - logprobs_V[list(tokens)].double()).abs()).sum())
-    return total / len(said)
+        gap = float((weights * (theirs - logprobs_V[list(tokens)].double()).abs()).sum())
+        found.append(gap if math.isfinite(gap) else math.inf)  # NaN has no order
+    return statistics.median_high(found)
 
 
 def _fault(tensor: Tensor, held: Held) -> str:
