@@ -11,6 +11,7 @@ from lit_reason.cli.build import build
 from lit_reason.config.resolve import to_plain
 from lit_reason.data import ChatTemplate, Tokenizer
 from lit_reason.environments import EnvironmentEngine
+from lit_reason.errors import ConfigError
 from lit_reason.objectives import Objective
 from lit_reason.rollout import Engine, Provable
 from lit_reason.sync import ProvenEngine
@@ -32,7 +33,12 @@ def open_engine(
     engine: Engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
     used = engine
     try:
-        if cfg.rollout.get("proof") is not None and isinstance(engine, Provable):
+        if cfg.rollout.get("proof") is not None:
+            if not isinstance(engine, Provable):
+                raise ConfigError(
+                    f"rollout.proof is set, but a {type(engine).__name__} cannot be asked what it holds "
+                    "(lit_reason.rollout.Provable). Type rollout.proof=null"
+                )
             texts = [prompt.token_ids for prompt in prompts[:CANARIES]]
             used = ProvenEngine(engine, build(cfg, "rollout.proof", prompts=texts)())
         if cfg.environment:

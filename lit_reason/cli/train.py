@@ -43,7 +43,10 @@ LOCKED = (
     *("reference", "adapter", "environment"),
     # A run that stopped on too many faults may go on with another limit of them.
     *(f"rubric.{key}" for key in ("_target_", "weights", "scale", "clip", "conditions")),
-    *("rollout.engine", "rollout.sampling", "rollout.shuffle_rewards"),
+    *("rollout.sampling", "rollout.shuffle_rewards", "rollout.correction"),
+    # Where an engine runs and how long it is waited for may change; what it computes may not.
+    *(f"rollout.engine.{key}" for key in ("_target_", "dtype", "max_rows", "speculative", "return_experts")),
+    *(f"rollout.engine.{key}" for key in ("settings", "options")),
     *("trainer.precision", "trainer.gradient_clip_val"),
     *(f"rollout.shape.{key}" for key in ("prompts_per_round", "group_size", "epochs", "minibatches", "micro_batches")),
     *(f"rollout.shape.{key}" for key in ("refills", "mask_truncated", "staleness", "in_flight")),

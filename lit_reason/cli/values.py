@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_reason.cli.build import checked_build
 from lit_reason.cli.launch import check_count
 from lit_reason.config.compose import MOVED
+from lit_reason.config.resolve import to_plain
 from lit_reason.errors import ConfigError, ZooError, nearest
 
 # Arguments that the run hands in itself, and what sets each. A key of that name would be overwritten in silence.
@@ -242,17 +243,27 @@ def _check_environment(cfg: DictConfig) -> None:
 
 
 def _check_engine(cfg: DictConfig) -> None:
-    """Our engine keeps the tokenizer and looks at plain values; another one may start something."""
+    """Our engines keep the tokenizer and look at plain values; another one may start something."""
     if not str(OmegaConf.select(cfg, "rollout.engine._target_")).startswith("lit_reason.rollout."):
         return
 
+    from lit_reason.objectives.correction import resolve_correction
     from lit_reason.rollout import BuiltinEngine
+    from lit_reason.rollout.vllm import check_sampling
 
-    engine = checked_build(cfg, "rollout.engine")
-    if getattr(engine, "func", None) is BuiltinEngine:
-        speculative = engine(tokenizer=None).speculative
-        if speculative and cfg.init is None and not OmegaConf.select(cfg, "model.mtp_depth"):
-            raise ConfigError(
-                "rollout.engine.speculative=true: the model has no multi-token-prediction module that could draft. "
-                "Type model.mtp_depth=1, or leave rollout.engine.speculative out"
-            )
+    engine = checked_build(cfg, "rollout.engine")(tokenizer=None)
+    if ".VLLM" in cfg.rollout.engine._target_:
+        check_sampling(checked_build(cfg, "rollout.sampling"))
+    if cfg.rollout.get("proof") is not None:
+        checked_build(cfg, "rollout.proof")(prompts=[[0]])
+    if cfg.rollout.get("correction") is not None:
+        try:
+            resolve_correction(to_plain(cfg.rollout.correction))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("algorithm.correction", "rollout.correction")) from error
+    drafts = isinstance(engine, BuiltinEngine) and engine.speculative
+    if drafts and cfg.init is None and not OmegaConf.select(cfg, "model.mtp_depth"):
+        raise ConfigError(
+            "rollout.engine.speculative=true: the model has no multi-token-prediction module that could draft. "
+            "Type model.mtp_depth=1, or leave rollout.engine.speculative out"
+        )

@@ -237,5 +237,6 @@ class RolloutLoop:
                 f"the checkpoint holds rounds that were generated {oldest} rounds ahead, and this run allows "
                 f"rollout.shape.staleness={self.shape.staleness}: type rollout.shape.staleness={oldest}"
             )
+        self.close()  # a round on its way would move the prompts
         self._round, self._buffer, self._ahead = state["round"], buffer, Ahead(ahead)
         self.prompts.load_state_dict(state["prompts"])

@@ -163,12 +163,12 @@ METRICS: tuple[Metric, ...] = (
 MORE_METRICS: tuple[Metric, ...] = (
     Metric(
         "sync/gap",
-        "mean difference of the engine's and the trainer's log-probs on the canaries after a push (nats)",
+        "mean difference of the engine's and the trainer's log-probs of the median canary after a push (nats)",
         "below 0.05 in bf16, 0.0001 in fp32",
         "rises: engine and trainer compute differently; above rollout.proof.limit the run stops",
     ),
     Metric("sync/tensors", "tensors whose checksum in the engine was compared after a push", "constant", "0: no proof"),
-    Metric("sync/proof_s", "seconds that the proof of a push took", "well below a step", "rollout.proof.count=2"),
+    Metric("speed/proof_s", "seconds that the proof of a push took", "well below a step", "rollout.proof.count=2"),
     Metric(
         "mismatch/max",
         "largest difference of the engine's and the trainer's log-prob of one token (nats)",

@@ -69,12 +69,19 @@ class BuiltinProcess(HostedEngine):
                 f"rollout=builtin_process runs our own models, got a {type(model).__name__}. Type rollout=builtin or "
                 "rollout=vllm"
             )
+        if next(model.parameters()).device.type != "cpu":
+            raise ConfigError(
+                "rollout=builtin_process generates on CPU cores beside a trainer on a CPU; this one trains on a GPU. "
+                "Type rollout=builtin or rollout=vllm"
+            )
         dtype = str(self.dtype).removeprefix("torch.")
         return {"config": model.config, "tokenizer": self.tokenizer, "dtype": dtype, "settings": self._settings}
 
 
 class BuiltinHost:
     """The engine in the child; its model is the copy that the pushes fill."""
+
+    in_flight = False
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, dtype: str, settings: Mapping[str, Any]) -> None:
         self.engine = BuiltinEngine(tokenizer, dtype, **settings)

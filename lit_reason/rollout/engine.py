@@ -53,11 +53,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor as an engine holds it: its dtype and shape, and `lit_reason.models.checksum.digest`."""
+    """A tensor as an engine holds it: its dtype, shape and `lit_reason.models.checksum.digest`.
+
+    Args:
+        digest: of `plain(tensor)`.
+        learnt: a parameter: a push must bring it.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     digest: int
+    learnt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +109,19 @@ class Provable(Engine, Protocol):
         ...
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """With 0 for -0 and for what is below the dtype's normal range: an engine that can show a weight only by computing
+    with it may drop either."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.masked_fill(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0.0)
+
+
 def held_as_is(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Held]:
     """What is held in the shape in which it was sent."""
-    return {
-        name: Held(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor))
-        for name, tensor in tensors
-    }
+    return {name: _held(name, tensor) for name, tensor in tensors}
+
+
+def _held(name: str, tensor: Tensor) -> Held:
+    learnt = isinstance(tensor, nn.Parameter) or name.split(" ")[0].endswith(".weight")
+    return Held(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(plain(tensor)), learnt)

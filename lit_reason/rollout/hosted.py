@@ -9,6 +9,7 @@ sleep           gives its memory to the trainer; after level 2 it has no weights
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -68,6 +69,8 @@ class HostedEngine:
         self._versions: list[int] = []  # of every push that was begun
         self._asleep = 0
         self._version = -1
+        self._lock = threading.RLock()  # of its process: a push and a generation may both find it dead
+        self._closed = False
         self.recovered: Callable[[nn.Module, int], object] | None = None
 
     @property
@@ -99,6 +102,11 @@ class HostedEngine:
         raise NotImplementedError
 
     def push(self, model: nn.Module, version: int) -> None:
+        with self._lock:
+            self._closed = False
+            self._push(model, version)
+
+    def _push(self, model: nn.Module, version: int) -> None:
         if self._process is None or not self._process.alive:
             self._start(model)
         if self._asleep:
@@ -108,7 +116,7 @@ class HostedEngine:
         try:
             self.process.send("load", version, tensors=self._noting(model), silence_s=self.deadlines.push)
         except BaseException as error:
-            self.close()  # it may hold half of them
+            self._end()  # it may hold half of them
             if isinstance(error, RolloutError) and not isinstance(error, EngineDiedError | EngineStalledError):
                 raise WeightSyncError(f"the engine refused the weights of version {version}: {error}") from error
             raise
@@ -130,18 +138,16 @@ class HostedEngine:
         begun = len(self._versions) - 1
         requests = [(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-        def ask() -> list[Generated]:
+        def ask(process: EngineProcess) -> list[Generated]:
             silence_s, heard = self.deadlines.generate, throttled(progress)
-            return self.process.call("generate", requests, sampling, silence_s=silence_s, heard=heard)
+            return process.call("generate", requests, sampling, silence_s=silence_s, heard=heard)
 
+        process = self.process
         try:
-            found = ask()
+            found = ask(process)
         except (EngineDiedError, EngineStalledError) as error:
-            if self._process is None:  # closed from another thread
-                raise
-            log.warning("%s\nIt is started once more, and the same seeds are generated again.", error)
-            self._recover(error)
-            found = ask()
+            self._recover(process, error)
+            found = ask(self.process)
         check_known(found, self._versions[begun:])
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
         return [
@@ -170,14 +176,19 @@ class HostedEngine:
         return self.process.call("next_token", [list(ids) for ids in prompts], top, silence_s=self.deadlines.push)
 
     def close(self) -> None:
-        """Ends its process; the next push starts another one."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        """Ends its process, and what another thread is generating with it; the next push starts another one."""
+        self._closed = True
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
         self._asleep, self._version = 0, -1
+        if process is not None:
+            process.close()
 
     def _start(self, model: nn.Module) -> None:
-        self.close()
+        self._end()
         self._context = int(cast(CausalLM, model).config.max_seq_len)
         settings, start_s = self.settings(model), self.deadlines.start
         self._process = EngineProcess(self.HOST, settings, start_s, self.environment(), self.cores)
@@ -187,8 +198,17 @@ class HostedEngine:
             self._pushed[name] = digest(tensor)
             yield name, tensor
 
-    def _recover(self, cause: Exception) -> None:
+    def _recover(self, lost: EngineProcess, cause: Exception) -> None:
         """A new process with the weights of the old one: only possible while the policy has not moved on."""
+        with self._lock:
+            if self._closed:
+                raise cause
+            if self._process is not lost and self._process is not None and self._process.alive:
+                return  # a push from another thread has replaced it
+            log.warning("%s\nIt is started once more, and the same seeds are generated again.", cause)
+            self._restart(cause)
+
+    def _restart(self, cause: Exception) -> None:
         model, before, version = self._model, self._pushed, self._version
         assert model is not None
         if {name: digest(tensor) for name, tensor in self.export(model)} != before:
@@ -196,7 +216,7 @@ class HostedEngine:
                 f"the engine is gone, and the policy has moved on since its version {version}: the same completions "
                 "cannot be generated again. The same command resumes from the last checkpoint"
             ) from cause
-        self.push(model, version)
+        self._push(model, version)
         if self.recovered is not None:
             self.recovered(model, version)
 
@@ -218,7 +238,7 @@ class HostedEngine:
 
 def throttled(progress: OnProgress | None) -> OnProgress | None:
     """Twice a second, as the builtin engine does; a host tells after every step."""
-    last = time.perf_counter()
+    last = 0.0
 
     def report(now: Progress) -> None:
         nonlocal last

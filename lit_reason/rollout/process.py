@@ -256,6 +256,10 @@ def _read(connection: Any, answers: dict[int, queue.SimpleQueue[tuple[str, Any]]
             for waiting in list(answers.values()):
                 waiting.put(("died", None))
             return
+        except Exception as error:  # an answer that cannot be read here, e.g. of a class that this process lacks
+            for waiting in list(answers.values()):
+                waiting.put(("failed", (type(error).__name__, f"its answer cannot be read: {error}", "")))
+            continue
         if (waiting := answers.get(number)) is not None:  # whoever asked may have given up meanwhile
             waiting.put((said, value))
 

@@ -32,7 +32,6 @@ from lit_reason.rollout.hosted import HostedEngine
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
 
-TESTED = "0.32"
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
@@ -49,7 +48,7 @@ class VLLMEngine(HostedEngine):
         tokenizer: for the stop tokens and the completions' text; vLLM sees token ids only.
         dtype: of vLLM's weights and computation.
         max_rows: the most sequences that it decodes together.
-        kv_cache_mb: memory for keys and values (MiB); on a GPU None takes what `gpu_memory` leaves.
+        kv_cache_mb: memory for keys and values (MiB); None: 256 on a CPU, on a GPU what `gpu_memory` leaves.
         gpu_memory: share of the GPU's memory that vLLM may take.
         threads: of its process on a CPU.
         return_experts: the experts that it chose come back with every completion (`Completion.experts_SLK`), for
@@ -68,7 +67,7 @@ class VLLMEngine(HostedEngine):
         tokenizer: Tokenizer,
         dtype: str = "bfloat16",
         max_rows: int = 256,
-        kv_cache_mb: int | None = 256,
+        kv_cache_mb: int | None = None,
         gpu_memory: float = 0.4,
         threads: int = 1,
         return_experts: bool | None = None,
@@ -136,8 +135,9 @@ def llm_settings(
         "disable_log_stats": True,
         "seed": 0,  # requests bring their own
     }
-    if engine.kv_cache_mb is not None:
-        settings["kv_cache_memory_bytes"] = engine.kv_cache_mb << 20
+    room = 256 if engine.kv_cache_mb is None and device.type == "cpu" else engine.kv_cache_mb
+    if room is not None:
+        settings["kv_cache_memory_bytes"] = room << 20
     if device.type == "cuda":
         settings |= {"enable_return_routed_experts": True} if experts else {}
         return settings | {"gpu_memory_utilization": engine.gpu_memory}

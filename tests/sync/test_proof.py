@@ -125,7 +125,7 @@ def test_a_right_push_raises_nothing_and_is_measured(model, engine, proven):
     for version in range(20):
         proven.push(model, version)
         assert proven.measured["sync/tensors"] == len(list(checkpoint_tensors(model, torch.float32)))
-        assert proven.measured["sync/gap"] < 1e-6 and proven.measured["sync/proof_s"] > 0
+        assert proven.measured["sync/gap"] < 1e-6 and proven.measured["speed/proof_s"] > 0
         assert proven.version() == engine.number == version
         step(model)
 
