@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from lit_reason.errors import ConfigError
+from lit_reason.errors import ConfigError, nearest
 from lit_reason.rollout.hosted import DTYPES
 from lit_reason.rollout.vllm import VLLMEngine, environment, llm_settings, runs_latent
 
@@ -44,18 +45,20 @@ def serve_command(
 
     Args:
         host: whom it listens to. Trap: whoever reaches the port can change its weights; keep it off open networks.
-        device: "cpu" or "cuda"; None: what this machine has.
+        device: "cpu", "cuda" or "cuda:1"; None: what this machine has.
         max_rows, kv_cache_mb, gpu_memory, threads: as of `VLLMEngine`; 256 MiB of keys and values on a CPU.
         options: further options of `vllm serve`, e.g. {"enable_expert_parallel": True}.
 
     Raises:
-        ConfigError: no config.json, or vLLM cannot run this model.
+        ConfigError: no config.json, no such dtype or device, or vLLM cannot run this model.
     """
     folder = Path(folder).absolute()
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json. Type: lit-reason-zoo export NAME --to {folder}")
     if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: valid {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype {dtype}: {nearest(dtype, DTYPES)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
+        raise ConfigError(f"--device {device}: valid cpu, cuda, or one of several: cuda:1")
     config = json.loads((folder / "config.json").read_text())
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     latent = runs_latent(config, at)
@@ -110,14 +113,26 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lit_reason.rollout.vllm_serve", description=__doc__)
-    parser.add_argument("folder")
-    for name, kind in {"port": int, "host": str, "dtype": str, "device": str, "max_rows": int}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    for name, kind in {"kv_cache_mb": int, "gpu_memory": float, "threads": int}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    argv, variables = serve_command(**given)
+    parser = argparse.ArgumentParser(
+        prog="python -m lit_reason.rollout.vllm_serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the defaults are those of `serve_command`
+    )
+    add = parser.add_argument
+    add("folder", help="the model: config.json, weights if any")
+    add("--port", type=int, help="one per server (8000)")
+    add("--host", help="whom it listens to: whoever reaches the port can change its weights (127.0.0.1)")
+    add("--dtype", choices=DTYPES, help="what it computes in (bfloat16)")
+    add("--device", metavar="{cpu,cuda,cuda:N}", help="what it runs on (what this machine has)")
+    add("--max-rows", type=int, help="sequences at a time (256)")
+    add("--kv-cache-mb", type=int, help="MiB of keys and values (256 on a CPU; on a GPU: by --gpu-memory)")
+    add("--gpu-memory", type=float, help="share of the GPU's memory that it takes (0.9)")
+    add("--threads", type=int, help="of a CPU's arithmetic (1)")
+    try:
+        argv, variables = serve_command(**vars(parser.parse_args(arguments)))
+    except ConfigError as error:
+        parser.error(str(error))
     print(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in variables.items()), shlex.join(argv)]))
 
 

@@ -74,7 +74,6 @@ class VLLMServerEngine:
     """
 
     in_flight = True
-    shares_weights = False
 
     def __init__(
         self,

@@ -47,13 +47,21 @@ async def meet(fleet: Fleet, deadlines: Deadlines, dtype: str | None) -> dict[st
 
 
 async def _ask_facts(fleet: Fleet, server: Server, deadlines: Deadlines, until: float) -> dict[str, Any]:
-    """Waits for a server that still starts; ConfigError says what is wrong with one that cannot be used."""
+    """Waits for a server that still starts; ConfigError says what is wrong with one that cannot be used.
+
+    Raises EngineStalledError if it takes the connection and then says nothing.
+    """
     how = "`python -m lit_reason.rollout.vllm_serve FOLDER` prints the command that starts one"
     waits = False
     while True:
         try:
-            await fleet.ask(server, "GET", "/health", deadlines.push)
+            await fleet.ask(server, "GET", "/health", max(0.1, until - time.monotonic()))
             break
+        except EngineStalledError as error:
+            raise EngineStalledError(
+                f"{server.url} takes connections but gave no answer to /health within {deadlines.start:g} s: it hangs, "
+                f"or starts slowly (rollout.engine.deadlines.start). {how}"
+            ) from error
         except EngineDiedError as error:
             if time.monotonic() > until:
                 raise ConfigError(

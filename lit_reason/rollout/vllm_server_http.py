@@ -19,6 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 import httpx2
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request, thousands a round
 T = TypeVar("T")
 _CONNECT_S = 5.0
+_CLOSED = "closed: close() was called on this engine, which cannot be used again. Make a new VLLMServerEngine"
 _COUNTERS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
@@ -63,13 +65,16 @@ class Fleet:
         self.servers = [Server(url) for url in urls]
         self.max_parallel = max_parallel
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True).start()
+        thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
+        thread.start()
         # No proxies: those of the environment are for the internet. No limit: `max_parallel` is one. Idle connections
         # are given up before the server does (5 s): one that it closes just then would look like its death.
         limits = httpx2.Limits(max_connections=None, keepalive_expiry=2.0)
         self._client = httpx2.AsyncClient(trust_env=False, limits=limits)
         self.changing = asyncio.Lock()  # of weights: no round begins meanwhile
-        self._finalizer = weakref.finalize(self, _stop, self._loop, self._client)
+        self._calls: set[Future[Any]] = set()
+        self._opening = threading.Lock()  # a call is either known to `_stop` or refused
+        self._finalizer = weakref.finalize(self, _stop, self._loop, thread, self._client, self._calls, self._opening)
 
     @property
     def alive(self) -> list[Server]:
@@ -85,19 +90,33 @@ class Fleet:
         return alive
 
     def run(self, work: Callable[[OnProgress], Coroutine[Any, Any, T]], heard: OnProgress | None = None) -> T:
-        """The result of `work` in the loop; what it tells on the way is heard in the caller's thread."""
+        """The result of `work` in the loop; what it tells on the way is heard in the caller's thread.
+
+        Raises:
+            RolloutError: closed, before or meanwhile.
+        """
         said: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
-        future = asyncio.run_coroutine_threadsafe(work(said.put), self._loop)
+        with self._opening:
+            if not self._finalizer.alive:
+                raise RolloutError(_CLOSED)
+            future = asyncio.run_coroutine_threadsafe(work(said.put), self._loop)
+            self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
         future.add_done_callback(lambda _: said.put(None))
         try:
             while (progress := said.get()) is not None:
                 if heard is not None:
                     heard(progress)
             return future.result()
+        except CancelledError as error:
+            if self._finalizer.alive:
+                raise
+            raise RolloutError(_CLOSED) from error
         finally:
             future.cancel()  # Ctrl-C: the servers see that nobody waits any more
 
     def close(self) -> None:
+        """Ends the calls that run, in whatever threads."""
         self._finalizer()
 
     async def ask(self, server: Server, method: str, path: str, within_s: float | None, **request: Any) -> Any:
@@ -254,7 +273,28 @@ class _Round:
                 )
 
 
-def _stop(loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient) -> None:
-    with contextlib.suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(timeout=2)
-    loop.call_soon_threadsafe(loop.stop)
+def _stop(
+    loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
+    client: httpx2.AsyncClient,
+    calls: set[Future[Any]],
+    opening: threading.Lock,
+) -> None:
+    with opening:
+        running = list(calls)
+    for call in running:  # wakes who waits for it, even if the loop hangs
+        call.cancel()
+    asyncio.run_coroutine_threadsafe(_end(client), loop)
+    if thread is not threading.current_thread():  # where the garbage collector may have found it
+        thread.join(timeout=3)
+
+
+async def _end(client: httpx2.AsyncClient) -> None:
+    """Stops the loop when the cancelled calls have cleaned up, so that servers drop their requests."""
+    try:
+        if left := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(left, timeout=1)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(client.aclose(), timeout=1)
+    finally:
+        asyncio.get_running_loop().stop()

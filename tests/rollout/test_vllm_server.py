@@ -25,8 +25,9 @@ from lit_reason.models import Base, ModelConfig, Transformer
 from lit_reason.models.hf import save_hf
 from lit_reason.rollout import Sampling
 from lit_reason.rollout.vllm import VLLMEngine
-from lit_reason.rollout.vllm_serve import EXTENSION, serve_command
+from lit_reason.rollout.vllm_serve import EXTENSION, main, serve_command
 from lit_reason.rollout.vllm_server import VLLMServerEngine, _experts
+from lit_reason.rollout.vllm_server_http import Fleet
 from lit_reason.sync import Proof, ProvenEngine
 from lit_reason.types import Prompt
 
@@ -214,6 +215,90 @@ def test_a_url_of_something_else_says_what_to_type(tmp_path):
         other.shutdown()
         thread.join()
         engine.close()
+
+
+@pytest.fixture
+def silent():
+    """The URL of something that takes connections and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_server_that_hangs_is_not_called_something_else(silent):
+    engine = VLLMServerEngine(ByteTokenizer(), urls=[silent], deadlines={"start": 0.5, "push": 60.0})
+    start = time.monotonic()
+    with pytest.raises(EngineStalledError, match=rf"{silent} takes connections .* 0.5 s.*deadlines.start"):
+        engine.push(make_model(), 0)
+    assert time.monotonic() - start < 10  # by start, not by push
+    engine.close()
+
+
+def test_close_ends_the_call_that_runs_and_refuses_the_next(silent):
+    engine = VLLMServerEngine(ByteTokenizer(), urls=[silent], deadlines={"start": 60.0})
+    errors = []
+
+    def call():
+        with pytest.raises(RolloutError, match=r"^closed") as error:
+            engine.push(make_model(), 0)
+        errors.append(error.value)
+
+    # Daemons, for a call that hangs must fail this test and not hang it.
+    running = threading.Thread(target=call, daemon=True)
+    running.start()
+    time.sleep(1)
+    assert running.is_alive() and not errors
+    start = time.monotonic()
+    engine.close()
+    running.join(5)
+    assert len(errors) == 1 and time.monotonic() - start < 2.5  # the loop has ended, not been given up
+    later = threading.Thread(target=call, daemon=True)
+    later.start()
+    later.join(5)
+    assert len(errors) == 2
+    engine.close()
+
+
+def test_close_ends_a_call_whose_loop_hangs():
+    fleet, errors = Fleet(["http://127.0.0.1:1"], max_parallel=1), []
+
+    async def hang():
+        time.sleep(6)
+
+    def call():
+        with pytest.raises(RolloutError, match=r"^closed"):
+            fleet.run(lambda _: hang())
+        errors.append(time.monotonic())
+
+    threading.Thread(target=call, daemon=True).start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    fleet.close()
+    assert len(errors) == 1 and errors[0] - start < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no config.json. Type: lit-reason-zoo export NAME --to"),
+        (["--dtype", "bf16"], "invalid choice: 'bf16' (choose from "),
+        (["--device", "gpu"], "--device gpu: valid cpu, cuda, or"),
+    ],
+)
+def test_the_commands_mistakes_are_one_line(tmp_path, capsys, arguments, message):
+    if arguments:
+        save_hf(make_model(), tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_explains_its_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert "FOLDER holds config.json" in said and "whoever reaches the port" in said and "float16" in said
 
 
 def test_nothing_is_generated_before_a_push():
