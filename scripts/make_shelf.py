@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_reason import zoo
 from lit_reason.cli.build import build
+from lit_reason.cli.engines import open_engine
 from lit_reason.cli.stages import card_metrics, evaluate_model
 from lit_reason.models import Transformer
 
@@ -51,7 +52,9 @@ def metrics(config: Path, model: Transformer) -> dict[str, object]:
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
     torch.set_num_threads(cfg.extras.threads or torch.get_num_threads())  # as the run was evaluated
-    report = evaluate_model(cfg, model, build(cfg, "data"), torch.device("cpu"))
+    data = build(cfg, "data")
+    with open_engine(cfg, data.tokenizer, data.chat, data.prompts("all")) as engine:
+        report = evaluate_model(cfg, model, data, torch.device("cpu"), engine)
     return card_metrics(report.summary())
 
 
