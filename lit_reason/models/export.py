@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError
 from lit_reason.models.adapters import merged_weights
-from lit_reason.models.hf import check_biases
+from lit_reason.models.hf import check_biases, folded
 from lit_reason.models.hf_config import CONFIG, to_hf_config
-from lit_reason.models.hf_files import to_json
 from lit_reason.models.hf_policy import HFModel
 from lit_reason.models.hf_slots import slots
 from lit_reason.models.transformer import Transformer
@@ -47,7 +46,7 @@ def checkpoint_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
         )
 
 
-def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def checkpoint_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of that checkpoint."""
     if isinstance(model, Transformer):
         document = to_hf_config(model.config, str(dtype).removeprefix("torch.")) | {"num_nextn_predict_layers": 0}
@@ -57,7 +56,7 @@ def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         document |= {"torch_dtype": str(dtype).removeprefix("torch."), "dtype": str(dtype).removeprefix("torch.")}
     else:
         raise ConfigError(f"a {type(model).__name__} has no {CONFIG}")
-    (folder / CONFIG).write_text(to_json(document))
+    return document
 
 
 def _ours(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -68,7 +67,7 @@ def _ours(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
             continue
         tensor = slot.view(weights).detach()
         if slot.folded and scale != 1:
-            tensor = (tensor.double() * scale).to(tensor.dtype)  # as `hf.fold`: rounded once
+            tensor = folded(tensor, scale)
         yield name, tensor if name.endswith(KEPT) else tensor.to(dtype)
 
 

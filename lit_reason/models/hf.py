@@ -152,12 +152,17 @@ def _check_leftovers(shards: Shards) -> None:
         raise DataError(f"{shards.folder} holds {len(left)} tensors that our model has no place for: {some(left)}")
 
 
+def folded(weight: Tensor, scale: float) -> Tensor:
+    """weight * scale, rounded once, to weight's dtype."""
+    return (weight.double() * scale).to(weight.dtype)
+
+
 def fold(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """weight * scale, rounded to weight's dtype, and what makes `unfold` exact: units in the last place, an integer
+    """`folded`, and what makes `unfold` exact: units in the last place, an integer
     tensor (all 0 for a power of two, but for underflow)."""
-    folded = (weight.double() * scale).to(weight.dtype)
-    rounding = _bits(weight) - _bits(unfold(folded, scale))
-    return folded, rounding if rounding.abs().max() > 127 else rounding.to(torch.int8)
+    product = folded(weight, scale)
+    rounding = _bits(weight) - _bits(unfold(product, scale))
+    return product, rounding if rounding.abs().max() > 127 else rounding.to(torch.int8)
 
 
 def unfold(folded: Tensor, scale: float, rounding: Tensor | None = None) -> Tensor:

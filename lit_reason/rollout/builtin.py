@@ -26,7 +26,7 @@ from lit_reason.models import CausalLM, Transformer
 from lit_reason.models.adapters import adapters, merged_copy, merged_weights, plain_name
 from lit_reason.rollout.batch import Ids
 from lit_reason.rollout.continuous import Row, generate_rows
-from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, held_as_is
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, check_requests, held_as_is, most_tokens
 from lit_reason.rollout.experts import ExpertLog
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.speculative import generate_with_drafts
@@ -152,27 +152,12 @@ class BuiltinEngine:
         Args:
             limits: the most tokens of each completion, where they differ; `sampling.max_tokens` holds as well.
         """
-        if len(seeds) != len(prompts):
-            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
-        limit = self.model.config.max_seq_len
-        for prompt in prompts:
-            if not 0 < len(prompt.token_ids) < limit:
-                raise RolloutError(
-                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{limit - 1} "
-                    f"(model.max_seq_len={limit} leaves at least one token for the answer)"
-                )
-        if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
-            raise RolloutError(
-                f"got {len(prompts)} prompts and {len(limits)} limits, the least {min(limits, default=0)}: one limit "
-                "per completion is needed, of at least 1 token"
-            )
+        context = self.model.config.max_seq_len
+        check_requests(prompts, seeds, context, limits)
         if not prompts:
             return []
         sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
-        limits = [
-            min(most, sampling.max_tokens, limit - len(prompt.token_ids))
-            for prompt, most in zip(prompts, limits or [limit] * len(prompts), strict=True)
-        ]
+        limits = most_tokens(prompts, sampling, context, limits)
         module = cast(nn.Module, self._model)
         was_training = module.training
         module.eval()

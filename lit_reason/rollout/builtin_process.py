@@ -15,7 +15,7 @@ from lit_reason.rollout.builtin import BuiltinEngine
 from lit_reason.rollout.engine import Held, NextToken, Progress
 from lit_reason.rollout.hosted import HostedEngine
 from lit_reason.rollout.sampling import Sampling
-from lit_reason.rollout.worker import Generated
+from lit_reason.rollout.worker import Generated, Request
 from lit_reason.types import Prompt
 
 
@@ -57,9 +57,6 @@ class BuiltinProcess(HostedEngine):
     def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return self._engine.truth(model)
 
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return self._engine.truth(model)
-
     def environment(self) -> dict[str, str]:
         return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -97,10 +94,11 @@ class BuiltinHost:
         self.engine.push(self.model, version)
 
     def generate(
-        self, requests: Sequence[tuple[Sequence[int], int]], sampling: Sampling, alive: Callable[[Progress], None]
+        self, requests: Sequence[Request], sampling: Sampling, alive: Callable[[Progress], None]
     ) -> list[Generated]:
-        prompts = [Prompt(str(i), "", "", "", tuple(ids)) for i, (ids, _) in enumerate(requests)]
-        found = self.engine.generate(prompts, sampling, [seed for _, seed in requests], progress=alive)
+        prompts = [Prompt(str(i), "", "", "", request.token_ids) for i, request in enumerate(requests)]
+        seeds, limits = [request.seed for request in requests], [request.limit for request in requests]
+        found = self.engine.generate(prompts, sampling, seeds, progress=alive, limits=limits)
         return [
             Generated(
                 one.token_ids,

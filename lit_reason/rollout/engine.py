@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lit_reason.errors import RolloutError
 from lit_reason.models.checksum import digest
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
@@ -107,6 +108,39 @@ class Provable(Engine, Protocol):
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
         """The `top` likeliest tokens after each prompt, at temperature 1."""
         ...
+
+
+def check_requests(
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    context: int | None = None,
+    limits: Sequence[int] | None = None,
+) -> None:
+    """RolloutError unless every prompt has a seed, a limit of its own if there are `limits`, and room for an answer in
+    a model of `context` tokens."""
+    if len(seeds) != len(prompts):
+        raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+    if limits is not None and (len(limits) != len(prompts) or min(limits, default=1) < 1):
+        raise RolloutError(
+            f"got {len(prompts)} prompts and {len(limits)} limits, the least {min(limits, default=0)}: one limit per "
+            "completion is needed, of at least 1 token"
+        )
+    for prompt in prompts:
+        if context is not None and not 0 < len(prompt.token_ids) < context:
+            raise RolloutError(
+                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{context - 1} "
+                f"(model.max_seq_len={context} leaves at least one token for the answer)"
+            )
+
+
+def most_tokens(
+    prompts: Sequence[Prompt], sampling: Sampling, context: int, limits: Sequence[int] | None = None
+) -> list[int]:
+    """How many tokens each completion may have: `sampling.max_tokens`, its own limit, and what the context leaves."""
+    return [
+        min(most, sampling.max_tokens, context - len(prompt.token_ids))
+        for prompt, most in zip(prompts, limits or [context] * len(prompts), strict=True)
+    ]
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -46,8 +46,6 @@ class ExpertLog:
     def _take(self) -> Tensor:
         """experts_NLK of the forward that just ended."""
         heard, self.heard = self.heard, []
-        if not heard:
-            return self.tokens_RTLK.new_empty(0, 0, 0)
         return torch.stack(heard, dim=1).to(torch.int16)
 
     def read_prompts(self, prompt_B: Tensor, length_B: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,17 +22,17 @@ from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError, WeightSyncError
 from lit_reason.models import CausalLM
 from lit_reason.models.checksum import digest
-from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, check_requests, most_tokens
 from lit_reason.rollout.process import Deadlines, EngineProcess
 from lit_reason.rollout.sampling import Sampling
-from lit_reason.rollout.worker import Generated
+from lit_reason.rollout.worker import Generated, Request
 from lit_reason.types import Completion, Prompt
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
-class HostedEngine:
+class HostedEngine(ABC):
     """Base of the engines in a process of their own; a subclass names the host and says what it is told.
 
     Args:
@@ -41,7 +42,8 @@ class HostedEngine:
         deadlines: seconds by name (`Deadlines`).
 
     Attributes:
-        recovered: called with the model and its version when a new process has taken over the old one's weights.
+        recovered: called with itself, the model and its version when a new process has taken over the old one's
+            weights.
     """
 
     HOST = ""
@@ -56,11 +58,7 @@ class HostedEngine:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"rollout.engine.dtype={dtype!r}: valid {', '.join(DTYPES)}")
-        unknown = set(deadlines or {}) - set(Deadlines.__dataclass_fields__)
-        if unknown:
-            valid = ", ".join(Deadlines.__dataclass_fields__)
-            raise ConfigError(f"rollout.engine.deadlines has no {', '.join(sorted(unknown))}; valid: {valid}")
-        self.tokenizer, self.cores, self.deadlines = tokenizer, cores, Deadlines(**(deadlines or {}))
+        self.tokenizer, self.cores, self.deadlines = tokenizer, cores, Deadlines.named(deadlines)
         self._dtype = DTYPES[dtype]
         self._process: EngineProcess | None = None
         self._model: nn.Module | None = None
@@ -71,7 +69,7 @@ class HostedEngine:
         self._version = -1
         self._lock = threading.RLock()  # of its process: a push and a generation may both find it dead
         self._closed = False
-        self.recovered: Callable[[nn.Module, int], object] | None = None
+        self.recovered: Callable[[HostedEngine, nn.Module, int], object] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,17 +87,28 @@ class HostedEngine:
     def version(self) -> int:
         return self._version
 
+    @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What the host's constructor gets."""
-        raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
         """Variables of the host's process."""
         return {}
 
+    @abstractmethod
+    def prefix_block(self) -> int:
+        """See `Provable`."""
+
+    @abstractmethod
+    def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What it must hold of `model`; see `Provable`."""
+
     def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """What a push sends."""
-        raise NotImplementedError
+        return self.truth(model)
+
+    def check_sampling(self, sampling: Sampling) -> None:  # noqa: B027 (most engines refuse none)
+        """Raises ConfigError for settings with which its log-probs would not be those that a trainer computes."""
 
     def push(self, model: nn.Module, version: int) -> None:
         with self._lock:
@@ -129,14 +138,20 @@ class HostedEngine:
         seeds: Sequence[int],
         sample_idx: Sequence[int] | None = None,
         progress: OnProgress | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
-        if len(seeds) != len(prompts):
-            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
+        """See `Engine.generate`.
+
+        Args:
+            limits: the most tokens of each completion, where they differ; `sampling.max_tokens` holds as well.
+        """
         if self.process and self._version < 0:
             raise RolloutError("the engine's weights were dropped by its sleep: call engine.push(model, version) first")
-        check_lengths(prompts, self._context)
+        check_requests(prompts, seeds, self._context, limits)
+        self.check_sampling(sampling)
         begun = len(self._versions) - 1
-        requests = [(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        most = most_tokens(prompts, sampling, self._context, limits)
+        requests = [Request(p.token_ids, seed, limit) for p, seed, limit in zip(prompts, seeds, most, strict=True)]
 
         def ask(process: EngineProcess) -> list[Generated]:
             silence_s, heard = self.deadlines.generate, throttled(progress)
@@ -149,11 +164,7 @@ class HostedEngine:
             self._recover(process, error)
             found = ask(self.process)
         check_known(found, self._versions[begun:])
-        sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
-        return [
-            self._completion(prompt, idx, seed, one)
-            for prompt, idx, seed, one in zip(prompts, sample_idx, seeds, found, strict=True)
-        ]
+        return completions_of(found, prompts, seeds, sample_idx, self.tokenizer)
 
     def sleep(self, level: int = 1) -> None:
         """Gives memory back until `wake`: 1 keeps the weights on the host, 2 drops them, so that only a push, which
@@ -218,22 +229,7 @@ class HostedEngine:
             ) from cause
         self._push(model, version)
         if self.recovered is not None:
-            self.recovered(model, version)
-
-    def _completion(self, prompt: Prompt, idx: int, seed: int, one: Generated) -> Completion:
-        ids = one.token_ids[:-1] if one.stopped else one.token_ids
-        return Completion(
-            prompt.id,
-            idx,
-            one.token_ids,
-            one.logprobs,
-            self.tokenizer.decode(list(ids)),
-            "stop" if one.stopped else "length",
-            one.version,
-            seed,
-            experts_SLK=None if one.experts_SLK is None else torch.from_numpy(one.experts_SLK),
-            switches=one.switches,
-        )
+            self.recovered(self, model, version)
 
 
 def throttled(progress: OnProgress | None) -> OnProgress | None:
@@ -249,14 +245,29 @@ def throttled(progress: OnProgress | None) -> OnProgress | None:
     return None if progress is None else report
 
 
-def check_lengths(prompts: Sequence[Prompt], context: int) -> None:
-    """RolloutError for a prompt that leaves no room for an answer."""
-    for prompt in prompts:
-        if not 0 < len(prompt.token_ids) < context:
-            raise RolloutError(
-                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; valid 1..{context - 1} "
-                f"(model.max_seq_len={context} leaves at least one token for the answer)"
-            )
+def completions_of(
+    found: Sequence[Generated],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    sample_idx: Sequence[int] | None,
+    tokenizer: Tokenizer,
+) -> list[Completion]:
+    """What was generated, with its text and the request that it answers."""
+    return [
+        Completion(
+            prompt.id,
+            idx,
+            one.token_ids,
+            one.logprobs,
+            tokenizer.decode(list(one.token_ids[:-1] if one.stopped else one.token_ids)),
+            "stop" if one.stopped else "length",
+            one.version,
+            seed,
+            experts_SLK=None if one.experts_SLK is None else torch.from_numpy(one.experts_SLK),
+            switches=one.switches,
+        )
+        for one, prompt, seed, idx in zip(found, prompts, seeds, sample_idx or [0] * len(prompts), strict=True)
+    ]
 
 
 def check_known(found: Sequence[Generated], versions: Sequence[int]) -> None:

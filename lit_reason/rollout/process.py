@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError
+from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError, nearest
 from lit_reason.rollout.worker import packed
 
 BUCKET = 64 << 20  # bytes of tensors sent at a time; a larger tensor goes alone
@@ -51,6 +51,13 @@ class Deadlines:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ConfigError(f"rollout.engine.deadlines.{name}={value}: seconds, above 0")
+
+    @classmethod
+    def named(cls, given: Mapping[str, float] | None, **defaults: float) -> Deadlines:
+        """Those of `given`, else of `defaults`; ConfigError for a name that there is not."""
+        if unknown := set(given or {}) - set(cls.__dataclass_fields__):
+            raise ConfigError(f"rollout.engine.deadlines: {nearest(min(unknown), cls.__dataclass_fields__)}")
+        return cls(**{**defaults, **(given or {})})
 
 
 class EngineProcess:

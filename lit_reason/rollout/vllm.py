@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,11 +23,9 @@ from torch import Tensor, nn
 from lit_reason.data.tokenizer import Tokenizer
 from lit_reason.errors import ConfigError
 from lit_reason.models import CausalLM
-from lit_reason.models.export import checkpoint_tensors, write_config
-from lit_reason.rollout.engine import OnProgress
+from lit_reason.models.export import checkpoint_config, checkpoint_tensors
 from lit_reason.rollout.hosted import HostedEngine
 from lit_reason.rollout.sampling import Sampling
-from lit_reason.types import Completion, Prompt
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
@@ -91,31 +86,28 @@ class VLLMEngine(HostedEngine):
     def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return checkpoint_tensors(model, self.dtype)
 
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return checkpoint_tensors(model, self.dtype)
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        sample_idx: Sequence[int] | None = None,
-        progress: OnProgress | None = None,
-    ) -> list[Completion]:
+    def check_sampling(self, sampling: Sampling) -> None:
         check_sampling(sampling)
-        return super().generate(prompts, sampling, seeds, sample_idx, progress)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         self._device = next(model.parameters()).device
-        with tempfile.TemporaryDirectory() as folder:
-            write_config(model, Path(folder), self.dtype)
-            config = json.loads((Path(folder) / "config.json").read_text())
+        config = checkpoint_config(model, self.dtype)
         self._latent = runs_latent(config, self._device)
         experts = bool(cast(CausalLM, model).routers()) if self.return_experts is None else self.return_experts
         return {
             "config": config,
             "stop_ids": list(self.tokenizer.stop_ids),
-            "settings": llm_settings(self, config, self._device, self._latent, experts) | self.options,
+            "settings": llm_settings(
+                config,
+                self._device,
+                dtype=str(self.dtype).removeprefix("torch."),
+                latent=self._latent,
+                experts=experts,
+                max_rows=self.max_rows,
+                kv_cache_mb=self.kv_cache_mb,
+                gpu_memory=self.gpu_memory,
+            )
+            | self.options,
             "return_experts": experts,
         }
 
@@ -124,23 +116,31 @@ class VLLMEngine(HostedEngine):
 
 
 def llm_settings(
-    engine: VLLMEngine, config: Mapping[str, Any], device: torch.device, latent: bool, experts: bool
+    config: Mapping[str, Any],
+    device: torch.device,
+    *,
+    dtype: str,
+    latent: bool,
+    experts: bool,
+    max_rows: int,
+    kv_cache_mb: int | None,
+    gpu_memory: float,
 ) -> dict[str, Any]:
     """Of `vllm.LLM`, as this model and device need them."""
     settings: dict[str, Any] = {
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "max_model_len": config["max_position_embeddings"],
-        "max_num_seqs": engine.max_rows,
+        "max_num_seqs": max_rows,
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "seed": 0,  # requests bring their own
     }
-    room = 256 if engine.kv_cache_mb is None and device.type == "cpu" else engine.kv_cache_mb
+    room = 256 if kv_cache_mb is None and device.type == "cpu" else kv_cache_mb
     if room is not None:
         settings["kv_cache_memory_bytes"] = room << 20
     if device.type == "cuda":
         settings |= {"enable_return_routed_experts": True} if experts else {}
-        return settings | {"gpu_memory_utilization": engine.gpu_memory}
+        return settings | {"gpu_memory_utilization": gpu_memory}
     settings |= {"enforce_eager": True, "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
     # A prompt read in parts ends in an error of vLLM's CPU sampler, which cannot wind a request's own generator back.
     settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, settings["max_model_len"])}
@@ -188,6 +188,12 @@ def check_sampling(sampling: Sampling) -> None:
             f"min_p={sampling.min_p}: vLLM then has only the log-probs after the cut, which the trainer cannot "
             "compute. Type rollout.sampling.temperature=1.0, or top_p=1.0 and min_p=0.0, or rollout=builtin"
         )
+
+
+def logprobs_mode(temperature: float) -> str:
+    """At temperature 1 the log-probs before top-p and min-p, which a trainer can compute; at any other vLLM only has
+    them after all of it."""
+    return "raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs"
 
 
 def check_installed() -> str:

@@ -55,7 +55,7 @@ class WorkerExtension:
 
     @_answering
     def lit_logprobs(self, mode: str) -> Answer:
-        """ "raw_logprobs" or "processed_logprobs", for all that comes; see `VLLMHost._logprobs_at`."""
+        """ "raw_logprobs" or "processed_logprobs", for all that comes; see `vllm.logprobs_mode`."""
         _set_logprobs(self, mode)
         return {}
 
@@ -77,7 +77,7 @@ class WorkerExtension:
 
     @_answering
     def lit_held(self) -> Answer:
-        return {"held": {name: [one.dtype, one.shape, one.digest] for name, one in _held(self).items()}}
+        return {"held": {name: [one.dtype, one.shape, one.digest, one.learnt] for name, one in _held(self).items()}}
 
     def _lit_load(self, tensors: Iterator[tuple[str, Tensor]]) -> Answer:
         _prepare_reload(self)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lit_reason.rollout.engine import Held, NextToken, Progress
 from lit_reason.rollout.sampling import Sampling
+from lit_reason.rollout.vllm import logprobs_mode
 from lit_reason.rollout.vllm_experts import experts_of
 from lit_reason.rollout.vllm_layout import held
-from lit_reason.rollout.worker import Generated
+from lit_reason.rollout.worker import Generated, Request
 
 
 class VLLMHost:
@@ -45,7 +46,6 @@ class VLLMHost:
         self.engine: Any = self.llm.llm_engine
         self.stop_ids = list(stop_ids)
         self._experts_of = experts_of(self.llm) if return_experts else None
-        self.context = self.llm.model_config.max_model_len
         self.version = -1
         self._names = 0
         self._finished: dict[str, Any] = {}
@@ -70,21 +70,21 @@ class VLLMHost:
 
     def generate(
         self,
-        requests: Sequence[tuple[Sequence[int], int]],
+        requests: Sequence[Request],
         sampling: Sampling,
         alive: Callable[[Progress], None],
     ) -> list[Generated]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._logprobs_at(sampling.temperature)
+        self.llm.collective_rpc(functools.partial(_set_logprobs, mode=logprobs_mode(sampling.temperature)))
         names = []
-        for ids, seed in requests:
+        for ids, seed, limit in requests:
             params = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
-                max_tokens=min(sampling.max_tokens, self.context - len(ids)),
+                max_tokens=limit,
                 seed=seed,
                 logprobs=0,
                 stop_token_ids=self.stop_ids,
@@ -126,12 +126,6 @@ class VLLMHost:
 
     def wake(self, tags: list[str] | None = None) -> None:
         self.llm.wake_up(tags)
-
-    def _logprobs_at(self, temperature: float) -> None:
-        """At temperature 1 the log-probs are those before top-p and min-p, which a trainer can compute; at any other
-        vLLM only has them after all of it."""
-        mode = "raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs"
-        self.llm.collective_rpc(functools.partial(_set_logprobs, mode=mode))
 
     def _add(self, ids: Sequence[int], params: Any) -> str:
         self._names += 1

@@ -14,14 +14,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lit_reason.errors import ConfigError, nearest
 from lit_reason.rollout.hosted import DTYPES
-from lit_reason.rollout.vllm import VLLMEngine, environment, llm_settings, runs_latent
+from lit_reason.rollout.vllm import environment, llm_settings, runs_latent
 
 EXTENSION = "lit_reason.rollout.vllm_extension.WorkerExtension"
 # What transformers leaves out of config.json and vLLM then guesses otherwise, without a word.
@@ -62,13 +61,16 @@ def serve_command(
     config = json.loads((folder / "config.json").read_text())
     at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     latent = runs_latent(config, at)
-    like = SimpleNamespace(
-        dtype=DTYPES[dtype],
+    settings = llm_settings(
+        config,
+        at,
+        dtype=dtype,
+        latent=latent,
+        experts=bool(config.get("n_routed_experts")),
         max_rows=max_rows,
-        kv_cache_mb=256 if kv_cache_mb is None and at.type == "cpu" else kv_cache_mb,
+        kv_cache_mb=kv_cache_mb,
         gpu_memory=gpu_memory,
     )
-    settings = llm_settings(cast(VLLMEngine, like), config, at, latent, experts=bool(config.get("n_routed_experts")))
     settings |= {
         "host": host,
         "port": port,

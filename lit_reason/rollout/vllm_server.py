@@ -34,15 +34,17 @@ from lit_reason.errors import (
     nearest,
 )
 from lit_reason.models.export import checkpoint_tensors
-from lit_reason.rollout.engine import Held, NextToken, OnProgress
-from lit_reason.rollout.hosted import DTYPES, check_lengths, throttled
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, check_requests, most_tokens
+from lit_reason.rollout.hosted import DTYPES, completions_of, throttled
 from lit_reason.rollout.process import Deadlines
+from lit_reason.rollout.replicas import agreed, in_turn
 from lit_reason.rollout.sampling import Sampling
-from lit_reason.rollout.vllm import check_sampling
+from lit_reason.rollout.vllm import check_sampling, logprobs_mode
 from lit_reason.rollout.vllm_experts import moe_rows
 from lit_reason.rollout.vllm_server_facts import check_model, meet
 from lit_reason.rollout.vllm_server_http import Fleet, Server
 from lit_reason.rollout.vllm_server_push import Files, Nccl, Transfer
+from lit_reason.rollout.worker import Generated
 from lit_reason.types import Completion, Prompt
 
 log = logging.getLogger(__name__)
@@ -95,10 +97,8 @@ class VLLMServerEngine:
                 f"rollout.engine.urls={urls!r}: a list of URLs, none of them twice. Type "
                 "rollout.engine.urls=[http://localhost:8000]"
             )
-        if unknown := set(deadlines or {}) - set(Deadlines.__dataclass_fields__):
-            raise ConfigError(f"rollout.engine.deadlines: {nearest(min(unknown), Deadlines.__dataclass_fields__)}")
         self.tokenizer = tokenizer
-        self.deadlines = Deadlines(**{"start": START_S, **(deadlines or {})})
+        self.deadlines = Deadlines.named(deadlines, start=START_S)
         self._asked_dtype = dtype
         self._transfer: Transfer | None = Files(folder) if transfer == "files" else None
         self.fleet = Fleet(urls, max_parallel)
@@ -119,8 +119,9 @@ class VLLMServerEngine:
     def truth(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return checkpoint_tensors(model, self.dtype)
 
-    def export(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return checkpoint_tensors(model, self.dtype)
+    def check_sampling(self, sampling: Sampling) -> None:
+        """See `HostedEngine.check_sampling`."""
+        check_sampling(sampling)
 
     def push(self, model: nn.Module, version: int) -> None:
         check_model(model, self.dtype, self._known()["config"])
@@ -137,55 +138,44 @@ class VLLMServerEngine:
         progress: OnProgress | None = None,
     ) -> list[Completion]:
         check_sampling(sampling)
-        if len(seeds) != len(prompts):
-            raise RolloutError(f"got {len(prompts)} prompts and {len(seeds)} seeds: one seed per completion is needed")
         if self._version < 0:
             raise RolloutError("the engine has no weights yet: call engine.push(model, version) first")
         context = self._known()["context"]
-        check_lengths(prompts, context)
+        check_requests(prompts, seeds, context)
         bodies = [
             _body(
                 prompt.token_ids,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
-                max_tokens=min(sampling.max_tokens, context - len(prompt.token_ids)),
+                max_tokens=limit,
                 seed=seed,
                 logprobs=0,
                 stop_token_ids=list(self.tokenizer.stop_ids),
                 ignore_eos=True,  # of config.json; the tokenizer's are in stop_token_ids
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for prompt, seed, limit in zip(prompts, seeds, most_tokens(prompts, sampling, context), strict=True)
         ]
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(prompt.token_ids, []).append(i)
-        mode = "raw_logprobs" if sampling.temperature in (0.0, 1.0) else "processed_logprobs"  # as VLLMHost says
+        mode = logprobs_mode(sampling.temperature)
         found = self.fleet.run(lambda say: self._round(bodies, list(groups.values()), mode, say), throttled(progress))
-        sample_idx = sample_idx if sample_idx is not None else [0] * len(prompts)
-        return [
-            self._completion(prompt, idx, seed, one["choices"][0])
-            for prompt, idx, seed, one in zip(prompts, sample_idx, seeds, found, strict=True)
-        ]
+        generated = [self._generated(one["choices"][0]) for one in found]
+        return completions_of(generated, prompts, seeds, sample_idx, self.tokenizer)
 
     def held(self) -> Mapping[str, Held]:
         """What all servers hold; a tensor in which they differ once for each, under its name, "at" and the URL."""
         answers = self.fleet.run(lambda _: self._each("lit_held"))
-        by_url = {
-            server.url: {
-                name: Held(dtype, tuple(shape), digest) for name, (dtype, shape, digest) in said["held"].items()
+        return agreed(
+            {
+                server.url: {
+                    name: Held(dtype, tuple(shape), digest, learnt)
+                    for name, (dtype, shape, digest, learnt) in said["held"].items()
+                }
+                for server, said in answers.items()
             }
-            for server, said in answers.items()
-        }
-        first = next(iter(by_url.values()))
-        found: dict[str, Held] = {}
-        for url, held in by_url.items():
-            if uneven := sorted(held.keys() ^ first.keys()):
-                raise WeightSyncError(f"{url} and {next(iter(by_url))} do not have the same tensors: {uneven[:8]}")
-        for name, one in first.items():
-            same = all(held[name] == one for held in by_url.values())
-            found |= {name: one} if same else {f"{name} at {url}": held[name] for url, held in by_url.items()}
-        return found
+        )
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
         """Every server is asked for all; the i-th answer is that of the i-th server, in turn.
@@ -194,16 +184,8 @@ class VLLMServerEngine:
             WeightSyncError: only some of them took a prompt from their cache.
         """
         bodies = [_body(ids, temperature=0.0, max_tokens=1, logprobs=top, ignore_eos=True) for ids in prompts]
-        answers = list(self.fleet.run(lambda _: self._probe(bodies)).items())
-        found = []
-        for i in range(len(prompts)):
-            cached = {server.url: _cached(server.url, said[i]) for server, said in answers}
-            if len({count > 0 for count in cached.values()}) > 1:
-                raise WeightSyncError(f"of a canary the servers took from their prefix caches, in tokens: {cached}")
-            (said,) = answers[i % len(answers)][1][i]["choices"][0]["logprobs"]["content"]
-            logprobs = {one["token_id"]: one["logprob"] for one in said["top_logprobs"]}
-            found.append(NextToken(logprobs, max(cached.values())))
-        return found
+        answers = self.fleet.run(lambda _: self._probe(bodies))
+        return in_turn({server.url: [_next_token(server.url, one) for one in said] for server, said in answers.items()})
 
     def close(self) -> None:
         """Leaves the servers as they are."""
@@ -229,7 +211,7 @@ class VLLMServerEngine:
 
             assert self._transfer is not None
             await post("/pause", params={"mode": "keep", "clear_cache": "false"})
-            await self._transfer.send(lambda: self.export(model), [server.url for server in servers], call)
+            await self._transfer.send(lambda: self.truth(model), [server.url for server in servers], call)
             await self._all(self._flush, version)
             await post("/update_weight_version", json={"new_version": f"{self._run}/{version}"})
             await post("/resume")
@@ -305,26 +287,19 @@ class VLLMServerEngine:
                 raise answer
         return {server: answers[server] for server in self.fleet.alive if server in answers}
 
-    def _completion(self, prompt: Prompt, idx: int, seed: int, choice: Mapping[str, Any]) -> Completion:
+    def _generated(self, choice: Mapping[str, Any]) -> Generated:
         if choice["finish_reason"] not in ("stop", "length"):
             raise RolloutError(
                 f"a server ended a completion by {choice['finish_reason']!r}: does something else use it?"
             )
-        ids = tuple(choice["token_ids"])
-        stopped = choice["finish_reason"] == "stop"
-        logprobs = tuple(one["logprob"] for one in choice["logprobs"]["content"])
         spans = [(span["start"], self._ours(span["version"])) for span in choice["weight_versions"]]
-        return Completion(
-            prompt.id,
-            idx,
-            ids,
-            logprobs,
-            self.tokenizer.decode(list(ids[:-1] if stopped else ids)),
-            "stop" if stopped else "length",
+        return Generated(
+            tuple(choice["token_ids"]),
+            tuple(one["logprob"] for one in choice["logprobs"]["content"]),
+            choice["finish_reason"] == "stop",
             spans[0][1],
-            seed,
-            experts_SLK=_experts(choice["routed_experts"], self._known()["moe_layers"]),
-            switches=tuple(spans[1:]),
+            tuple(spans[1:]),
+            _experts(choice["routed_experts"], self._known()["moe_layers"]),
         )
 
     def _ours(self, tag: str) -> int:
@@ -338,17 +313,19 @@ def _body(ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
     return {"token_ids": list(ids), "sampling_params": {**sampling, "detokenize": False}}
 
 
-def _experts(npy: str | None, moe_layers: Sequence[int]) -> Tensor | None:
+def _experts(npy: str | None, moe_layers: Sequence[int]) -> np.ndarray | None:
     """int16 (S, L, K) of vLLM's base64 of .npy, which has all layers; unmeasured on a GPU, where alone it is told."""
     if npy is None:
         return None
-    return torch.from_numpy(moe_rows(np.load(io.BytesIO(base64.b64decode(npy)), allow_pickle=False), moe_layers))
+    return moe_rows(np.load(io.BytesIO(base64.b64decode(npy)), allow_pickle=False), moe_layers)
 
 
-def _cached(url: str, answer: Mapping[str, Any]) -> int:
+def _next_token(url: str, answer: Mapping[str, Any]) -> NextToken:
     details = answer["usage"].get("prompt_tokens_details")
     if details is None:
         raise ConfigError(
             f"{url} does not say what it took from its cache: start it with --enable-prompt-tokens-details"
         )
-    return details["cached_tokens"] or 0
+    (said,) = answer["choices"][0]["logprobs"]["content"]
+    logprobs = {one["token_id"]: one["logprob"] for one in said["top_logprobs"]}
+    return NextToken(logprobs, details["cached_tokens"] or 0)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, RolloutError
-from lit_reason.models.export import write_config
+from lit_reason.models.export import checkpoint_config
 from lit_reason.rollout.process import Deadlines
 from lit_reason.rollout.vllm_server_http import Fleet, Server
 
@@ -95,9 +92,7 @@ async def _ask_facts(fleet: Fleet, server: Server, deadlines: Deadlines, until: 
 
 def check_model(model: nn.Module, dtype: torch.dtype, theirs: Mapping[str, Any]) -> None:
     """ConfigError if the servers were started for a model of another shape: pushing ends them."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(model, Path(folder), dtype)
-        ours = json.loads((Path(folder) / "config.json").read_text())
+    ours = checkpoint_config(model, dtype)
     uneven = {
         key: (theirs.get(key), value)
         for key, value in ours.items()

@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ from lit_reason.rollout.engine import Held, NextToken, Progress
 from lit_reason.rollout.sampling import Sampling
 
 _SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class Request(NamedTuple):
+    """What a completion is made of, and the most tokens that it may have."""
+
+    token_ids: tuple[int, ...]
+    seed: int
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +72,11 @@ class Host(Protocol):
 
     def generate(
         self,
-        requests: Sequence[tuple[Sequence[int], int]],
+        requests: Sequence[Request],
         sampling: Sampling,
         alive: Callable[[Progress], None],
     ) -> list[Generated]:
-        """Completes (token ids, seed) each; calls `alive` after every step."""
+        """Completes each; calls `alive` after every step."""
         ...
 
     def held(self) -> Mapping[str, Held]: ...

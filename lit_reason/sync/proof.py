@@ -158,7 +158,7 @@ class ProvenEngine:
         self.proof.before(self.engine)
         self._slept = {}
         self.engine.push(model, version)
-        self._prove(model, version)
+        self._prove(self.engine, model, version)
 
     def sleep(self, level: int = 1) -> None:
         self._slept = self.engine.held() if level == 1 else {}
@@ -191,8 +191,8 @@ class ProvenEngine:
     def version(self) -> int:
         return self.engine.version()
 
-    def _prove(self, model: nn.Module, version: int) -> None:
-        self.measured = self.proof.check(self.engine, model, version)
+    def _prove(self, engine: Provable, model: nn.Module, version: int) -> None:
+        self.measured = self.proof.check(engine, model, version)
 
     def __getattr__(self, name: str) -> object:
         if name == "engine":  # of a copy that is being made

@@ -12,36 +12,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
 Generate = Callable[[int], int]  # generates the first n requests; how many tokens that were asked for
+CLOCK = os.sysconf("SC_CLK_TCK")
 
 
 def builtin(job: Job) -> tuple[Generate, dict[str, Any]]:
     """The engine as shipped; and how long a push takes."""
     import torch
+    from endless import Endless
 
-    from lit_reason.data import ByteTokenizer
     from lit_reason.models.hf import load_hf
-    from lit_reason.rollout import BuiltinEngine, Sampling
+    from lit_reason.rollout import BuiltinEngine, BuiltinProcess, Replicas, Sampling
     from lit_reason.types import Prompt
 
-    class Tokenizer(ByteTokenizer):
-        """Has a stop token that the model cannot emit."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.stop_ids = (job["vocab"],)
-
-        def decode(self, ids: Any) -> str:
-            return super().decode([i for i in ids if i < ByteTokenizer.vocab_size])
-
-    torch.set_num_threads(job["settings"]["threads"])
-    model = load_hf(job["folder"], dtype=torch.float32).to(job["device"])
-    engine = BuiltinEngine(Tokenizer(), job["settings"]["dtype"], job["settings"]["max_rows"])
+    threads, dtype, rows, replicas = (job["settings"][key] for key in ("threads", "dtype", "max_rows", "replicas"))
+    torch.set_num_threads(threads)
+    model, tokenizer = load_hf(job["folder"], dtype=torch.float32).to(job["device"]), Endless(job["vocab"])
+    engine: Any = BuiltinEngine(tokenizer, dtype, rows)
+    if replicas > 1:
+        engine = Replicas([BuiltinProcess(tokenizer, dtype, threads, {"max_rows": rows}) for _ in range(replicas)])
     pushes = []
     for version in range(30):
         start = time.perf_counter()
@@ -54,7 +48,8 @@ def builtin(job: Job) -> tuple[Generate, dict[str, Any]]:
         found = engine.generate(prompts[:n], sampling, range(n), limits=job["limits"][:n])
         return sum(len(completion.token_ids) for completion in found)
 
-    return generate, {"push_s": sorted(pushes)[len(pushes) // 2]}
+    pids = [one.process.pid for one in engine.engines] if replicas > 1 else []
+    return generate, {"push_s": sorted(pushes)[len(pushes) // 2], "pids": pids}
 
 
 def transformers(job: Job) -> tuple[Generate, dict[str, Any]]:
@@ -108,7 +103,7 @@ def vllm(job: Job) -> tuple[Generate, dict[str, Any]]:
         "VLLM_MLA_DISABLE": "1",  # its latent attention runs at the latent sizes of large models only
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCHDYNAMO_DISABLE": "1",
+        "TORCHDYNAMO_DISABLE": str(int(settings["eager"])),
         # Left to itself it keeps a core free for a server.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: settings["threads"]])),
     }
@@ -117,7 +112,7 @@ def vllm(job: Job) -> tuple[Generate, dict[str, Any]]:
     llm = LLM(
         model=job["folder"],
         dtype=settings["dtype"],
-        enforce_eager=True,
+        enforce_eager=settings["eager"],
         max_model_len=job["context"],
         max_num_seqs=settings["batch"],
         kv_cache_memory_bytes=2 << 30,
@@ -142,13 +137,23 @@ def vllm(job: Job) -> tuple[Generate, dict[str, Any]]:
 SIDES = {"builtin": builtin, "transformers": transformers, "vllm": vllm}
 
 
+def processor_s(pids: Sequence[int]) -> float:
+    """Of this process and of those."""
+    total = time.process_time()
+    for pid in pids:
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / CLOCK
+    return total
+
+
 def main() -> None:
     job: Job = json.loads(Path(sys.argv[1]).read_text())
     generate, record = SIDES[job["side"]](job)
     generate(job["warmup"])
-    wall, processor = time.perf_counter(), time.process_time()
+    pids = record.pop("pids", [])
+    wall, processor = time.perf_counter(), processor_s(pids)
     tokens = generate(len(job["prompts"]))
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    wall, processor = time.perf_counter() - wall, processor_s(pids) - processor
     if tokens != sum(job["limits"]):
         raise RuntimeError(f"{job['side']} made {tokens} tokens, the work has {sum(job['limits'])}")
     record |= {"tokens": tokens, "wall_s": wall, "processor_s": processor}

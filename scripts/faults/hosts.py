@@ -22,7 +22,7 @@ from lit_reason.rollout.engine import Progress
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.vllm import VLLMEngine
 from lit_reason.rollout.vllm_host import VLLMHost
-from lit_reason.rollout.worker import Generated
+from lit_reason.rollout.worker import Generated, Request
 
 Tensors = Iterator[tuple[str, Tensor]]
 AT_START = "LIT_REASON_FAULT"  # a fault that a new process has from its start
@@ -97,7 +97,7 @@ class FaultyHost(VLLMHost):
             self.llm.collective_rpc(_restore, args=(self.old,))
 
     def generate(
-        self, requests: Sequence[tuple[Sequence[int], int]], sampling: Sampling, alive: Callable[[Progress], None]
+        self, requests: Sequence[Request], sampling: Sampling, alive: Callable[[Progress], None]
     ) -> list[Generated]:
         def watched(progress: Progress) -> None:
             if self.fault == "killed for memory":

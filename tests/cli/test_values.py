@@ -105,6 +105,15 @@ def test_refused_before_any_training(override, said, monkeypatch):
         ("adapter=lora algorithm=ppo", "a copy of a frozen policy could not learn. Type algorithm.critic.trunk=shared"),
         ("adapter=lora reference=ema", "reference=ema with an adapter.*Type reference=frozen, or adapter=none"),
         ("adapter=lora rl.router_bias_rate=0.1", "would move its reference. Type rl.router_bias_rate=0"),
+        ("rollout=builtin_process rollout.replicas=0", "rollout.replicas=0: a whole number, at least 1"),
+        (
+            "rollout=builtin +rollout.replicas=2",
+            "a BuiltinEngine has no process of its own. Type rollout=builtin_process",
+        ),
+        (
+            "rollout=builtin_process rollout.replicas=3 rollout.engine.cores=[0,1]",
+            "replicas=3 on 2 cores .*at least one",
+        ),
         ("algorithm=ppo rollout.shape.refills=1", "'gae' does not compare.*Type rollout.shape.refills=0"),
     ],
 )

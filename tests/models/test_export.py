@@ -1,6 +1,7 @@
 """What an engine is pushed is what a checkpoint would hold, bit for bit."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lit_reason.errors import ConfigError
 from lit_reason.models import Base, HFModel, Transformer
 from lit_reason.models.adapters import adapters_off, merged_copy
-from lit_reason.models.export import checkpoint_tensors, write_config
+from lit_reason.models.export import checkpoint_config, checkpoint_tensors
 from lit_reason.models.hf import load_hf, save_hf
-from lit_reason.models.hf_files import read_json
 from lit_reason.models.lora import LoRA
 
 SHAPES = {
@@ -155,10 +155,11 @@ def test_its_config_loads_as_the_same_model(tiny, tmp_path):
     from safetensors.torch import save_file
 
     model = make(tiny, "multi-token prediction")
-    write_config(model, tmp_path, torch.float32)
+    document = checkpoint_config(model, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(document))
     save_file({n: t.contiguous() for n, t in checkpoint_tensors(model, torch.float32)}, tmp_path / "model.safetensors")
     again = load_hf(tmp_path)
-    assert again.config.mtp_depth == 0 and read_json(tmp_path / "config.json")["topk_method"] == "noaux_tc"
+    assert again.config.mtp_depth == 0 and document["topk_method"] == "noaux_tc"
     ids_BT = torch.arange(20).view(2, 10)
     with torch.no_grad():
         assert torch.equal(again.eval()(ids_BT), model.eval()(ids_BT))
@@ -171,16 +172,15 @@ def test_biases_that_the_format_cannot_hold_are_not_left_out_in_silence(tiny):
         list(checkpoint_tensors(model, torch.float32))
 
 
-def test_a_model_without_a_format_is_refused(tmp_path):
+def test_a_model_without_a_format_is_refused():
     with pytest.raises(ConfigError, match=r"a Linear has no checkpoint format: push a lit_reason"):
         list(checkpoint_tensors(torch.nn.Linear(1, 1), torch.float32))
     with pytest.raises(ConfigError, match=r"a Linear has no config"):
-        write_config(torch.nn.Linear(1, 1), tmp_path, torch.float32)
+        checkpoint_config(torch.nn.Linear(1, 1), torch.float32)
 
 
-def test_of_transformers_the_config_names_the_class(tmp_path):
+def test_of_transformers_the_config_names_the_class():
     """A model from a config does not name it, and vLLM then takes a class without a head."""
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3"](**FAMILY))
-    write_config(HFModel(lm), tmp_path, torch.bfloat16)
-    document = read_json(tmp_path / "config.json")
+    document = checkpoint_config(HFModel(lm), torch.bfloat16)
     assert document["architectures"] == ["Qwen3ForCausalLM"] and document["dtype"] == "bfloat16"

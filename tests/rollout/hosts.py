@@ -37,7 +37,7 @@ class Host:
         self.running = [([], []) for _ in requests]
         for step in range(steps):
             time.sleep(pause)
-            for (_, tokens), (_, seed) in zip(self.running, requests, strict=True):
+            for (_, tokens), (_, seed, _) in zip(self.running, requests, strict=True):
                 tokens.append(seed)
             alive(Progress(len(requests) if step == steps - 1 else 0, len(requests), 0, 0.0))
         return [
@@ -96,7 +96,7 @@ class Remembering(Host):
             os.kill(os.getpid(), 9)
         return [
             Generated((seed, self.version, *ids), (0.0,) * (2 + len(ids)), seed % 2 == 0, self.version)
-            for ids, seed in requests
+            for ids, seed, _ in requests
         ]
 
     def sleep(self, level):
@@ -119,3 +119,8 @@ class Refusing(Remembering):
 class Mislabelling(Remembering):
     def generate(self, requests, sampling, alive):
         return [Generated((1,), (0.0,), False, self.version - 1) for _ in requests]
+
+
+class Sleeping(Remembering):
+    def generate(self, requests, sampling, alive):
+        time.sleep(1000)

@@ -33,7 +33,10 @@ class Small(HostedEngine):
     def settings(self, model):
         return {"marker": self.marker, "always": self.always}
 
-    def export(self, model):
+    def prefix_block(self):
+        return 0
+
+    def truth(self, model):
         for i, item in enumerate(checkpoint_tensors(model, self.dtype)):
             if self.broken and i == 2:
                 raise ConfigError("this model cannot be exported")
@@ -101,12 +104,12 @@ def test_completions_are_records_and_nothing_comes_before_a_push(make, model, pr
 
 def test_it_is_restarted_once_and_the_same_seeds_come(make, model, prompts, tmp_path, caplog):
     engine, recovered = make(marker=str(tmp_path / "died")), []
-    engine.recovered = lambda model, version: recovered.append(version)
+    engine.recovered = lambda again, model, version: recovered.append((again, version))
     engine.push(model, 2)
     pid = engine.process.pid
     with caplog.at_level(logging.WARNING):
         found = engine.generate(prompts(2), Sampling(), [6, 7])
-    assert engine.process.pid != pid and recovered == [2]
+    assert engine.process.pid != pid and recovered == [(engine, 2)]
     assert [c.token_ids[:2] for c in found] == [(6, 2), (7, 2)]
     assert "killed by signal 9" in caplog.text and "the same seeds are generated again" in caplog.text
 
@@ -180,7 +183,7 @@ def test_threads_may_ask_at_the_same_time(make, model, prompts):
     ("settings", "says"),
     [
         ({"dtype": "float8"}, "dtype='float8': valid bfloat16, float32, float16"),
-        ({"deadlines": {"strat": 1}}, "deadlines has no strat; valid: start, generate, push"),
+        ({"deadlines": {"strat": 1}}, "deadlines: did you mean 'start'. valid: generate, push, start"),
         ({"deadlines": {"push": 0}}, r"deadlines\.push=0: seconds, above 0"),
     ],
 )

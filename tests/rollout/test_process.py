@@ -64,7 +64,7 @@ def gone(*pids: int, within: float = 10) -> bool:
 def test_calls_are_answered_and_progress_is_heard(shared):
     heard = []
     assert shared.call("greet", "you", silence_s=30) == "hi you"
-    found = shared.call("generate", [((1, 2), 5), ((3,), 6)], None, silence_s=30, heard=heard.append)
+    found = shared.call("generate", [((1, 2), 5, 9), ((3,), 6, 9)], None, silence_s=30, heard=heard.append)
     assert [(one.token_ids, one.version) for one in found] == [((5, 5, 5), -1), ((6, 6, 6), -1)]
     assert [(p.done, p.total) for p in heard] == [(0, 2), (0, 2), (2, 2)]
 
@@ -142,7 +142,7 @@ def test_weights_come_between_two_steps_and_completions_say_so(own):
             pushed.append(threading.Thread(target=own.send, args=("load", 4), kwargs={"tensors": [], "silence_s": 30}))
             pushed[0].start()
 
-    found = own.call("generate", [((1,), 5)], None, 3, 0.3, silence_s=30, heard=push)
+    found = own.call("generate", [((1,), 5, 9)], None, 3, 0.3, silence_s=30, heard=push)
     pushed[0].join()
     assert found[0].version == -1 and found[0].switches in (((1, 4),), ((2, 4),))
 
@@ -157,7 +157,7 @@ def test_a_completion_that_hides_a_change_of_weights_is_refused(own):
             pushed[0].start()
 
     with pytest.raises(RolloutError, match="version 4 came while 1 completions were being generated, and only 0 say"):
-        own.call("generate", [((1,), 5)], None, 3, 0.3, silence_s=30, heard=push)
+        own.call("generate", [((1,), 5, 9)], None, 3, 0.3, silence_s=30, heard=push)
     pushed[0].join()
 
 
@@ -201,7 +201,7 @@ def test_a_large_request_to_a_stopped_process_does_not_wait_for_ever(own):
 
 
 def test_a_signal_of_life_resets_the_deadline(shared):
-    found = shared.call("generate", [((1,), 5)], None, 6, 0.5, silence_s=2.0)  # 3 s in all
+    found = shared.call("generate", [((1,), 5, 9)], None, 6, 0.5, silence_s=2.0)  # 3 s in all
     assert len(found[0].token_ids) == 6
 
 

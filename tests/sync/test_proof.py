@@ -240,11 +240,11 @@ def test_other_log_probs_are_seen_though_the_checksums_agree(model, engine, prov
 def test_a_recovered_engine_is_proven_too(model, engine, proven):
     proven.push(model, 0)
     measured, engine.cache = proven.measured, []
-    engine.recovered(model, 0)
+    engine.recovered(engine, model, 0)
     assert proven.measured is not measured
     engine.copy.embed.weight.data += 1
     with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight differs"):
-        engine.recovered(model, 0)
+        engine.recovered(engine, model, 0)
 
 
 def test_waking_with_other_weights_is_seen(model, engine, proven):
