@@ -30,6 +30,8 @@ class RoundShape:
             out rounds of different length. Of one process only. Correct for it: `algorithm.correction`.
         in_flight: new weights reach the engine at once, between two tokens of a generation that goes on; else when it
             is over. Rounds are younger, and depend on timing.
+        sleep: the engine gives its memory to the trainer from the end of a round's generation to the next push. 1 keeps
+            its weights on the host, 2 drops them: the push brings new ones anyway; 0: never.
     """
 
     rounds: int = 100
@@ -42,10 +44,11 @@ class RoundShape:
     mask_truncated: bool = False
     staleness: int = 0
     in_flight: bool = False
+    sleep: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            may_be_off = name in ("refills", "staleness")
+            may_be_off = name in ("refills", "staleness", "sleep")
             if not isinstance(value, bool) and value < (0 if may_be_off else 1):
                 raise ConfigError(
                     f"rollout.shape.{name}={value}: must be {'0 (off) or more' if may_be_off else 'at least 1'}"
@@ -54,6 +57,13 @@ class RoundShape:
             raise ConfigError(
                 "rollout.shape.in_flight=true with staleness=0: nothing is generated while new weights come. "
                 "Type rollout.shape.staleness=1, or rollout.shape.in_flight=false"
+            )
+        if self.sleep > 2:
+            raise ConfigError(f"rollout.shape.sleep={self.sleep}: valid 0 (off), 1 (keeps weights), 2 (drops them)")
+        if self.sleep and self.staleness:
+            raise ConfigError(
+                f"rollout.shape.sleep={self.sleep} with staleness={self.staleness}: the engine generates while the "
+                "policy trains. Type rollout.shape.sleep=0, or rollout.shape.staleness=0"
             )
         if self.prompts_per_round % self.minibatches:
             raise ConfigError(
@@ -109,6 +119,7 @@ class Stages:
             the engine reads only such copies; without `freeze`, training waits until it is idle, and it must not
             read the pushed weights afterwards.
         in_flight: `push` may be called while `generate` runs: the engine goes on with the new weights, and tells.
+        sleep: level -> the engine gives its memory back until the next push; None for an engine that cannot.
 
     With `RoundShape.staleness`, `generate`, `greedy`, `score`, `informative` and a frozen push run in another thread,
     one after another.
@@ -127,6 +138,7 @@ class Stages:
     check: Callable[[Scores], None] | None = None
     freeze: Callable[[int], Callable[[], None]] | None = None
     in_flight: bool = False
+    sleep: Callable[[int], None] | None = None
 
     def check_shape(self, shape: RoundShape) -> None:
         """Raises ConfigError if these stages cannot make such rounds."""
@@ -139,6 +151,11 @@ class Stages:
             raise ConfigError(
                 f"rollout.shape.refills={shape.refills}: the objective does not compare the completions of a prompt, "
                 "so none of its groups is without a signal. Type rollout.shape.refills=0"
+            )
+        if shape.sleep and self.sleep is None:
+            raise ConfigError(
+                f"rollout.shape.sleep={shape.sleep}: this engine keeps its memory while the policy trains. "
+                "Type rollout.shape.sleep=0, or rollout=vllm"
             )
         if shape.in_flight and not self.in_flight:
             raise ConfigError(

@@ -113,7 +113,7 @@ class PolicyModule(LanguageModule):
 
         Args:
             engine: generates with this policy's weights, by `sampling`. If it has an attribute `in_flight` that
-                is true, `push` may be called while `generate` runs in another thread.
+                is true, `push` may be called while `generate` runs in another thread; if `sleeps` is, it has `sleep`.
             score: e.g. `Rubric.score`; or `Rubric.judge`, with `check=Rubric.check` for the round as a whole.
             updates: optimizer steps per round (`RoundShape.updates`); the old log-probs are computed only for several.
             log_kl: log the KL to the reference even if the objective has no term for it.
@@ -157,6 +157,7 @@ class PolicyModule(LanguageModule):
             check=check,
             freeze=freeze,
             in_flight=getattr(engine, "in_flight", False),
+            sleep=engine.sleep if getattr(engine, "sleeps", False) else None,  # type: ignore[attr-defined]
         )
 
     def on_fit_start(self) -> None:

@@ -48,6 +48,7 @@ class HostedEngine(ABC):
 
     HOST = ""
     in_flight = True  # weights can be pushed while it generates
+    sleeps = False  # its host can give its memory back
 
     def __init__(
         self,

@@ -49,6 +49,10 @@ class Replicas:
         return all(engine.in_flight for engine in self.engines)
 
     @property
+    def sleeps(self) -> bool:
+        return all(engine.sleeps for engine in self.engines)
+
+    @property
     def recovered(self) -> Callable[[HostedEngine, nn.Module, int], object] | None:
         return self.engines[0].recovered
 

@@ -56,6 +56,7 @@ class VLLMEngine(HostedEngine):
     """
 
     HOST = "lit_reason.rollout.vllm_host:VLLMHost"
+    sleeps = True  # on a GPU
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ def llm_settings(
     if room is not None:
         settings["kv_cache_memory_bytes"] = room << 20
     if device.type == "cuda":
-        settings |= {"enable_return_routed_experts": True} if experts else {}
+        settings |= {"enable_sleep_mode": True} | ({"enable_return_routed_experts": True} if experts else {})
         return settings | {"gpu_memory_utilization": gpu_memory}
     settings |= {"enforce_eager": True, "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
     # A prompt read in parts ends in an error of vLLM's CPU sampler, which cannot wind a request's own generator back.

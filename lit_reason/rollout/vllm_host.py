@@ -122,6 +122,8 @@ class VLLMHost:
 
     def sleep(self, level: int) -> None:
         """1: weights to the host's memory; 2: dropped, so that only a push brings them back. Both drop the cache."""
+        if not self.engine.vllm_config.model_config.enable_sleep_mode:
+            raise RuntimeError("vLLM sleeps on a GPU only. Type rollout.shape.sleep=0")
         self.llm.sleep(level)
 
     def wake(self, tags: list[str] | None = None) -> None:
