@@ -272,7 +272,7 @@ def main() -> int:
                 runs[side].append(run(side, work, settings[side], model, args.device, warmup))
                 print(f"run {repeat + 1} {side}: {runs[side][-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     cpu = args.device == "cpu" and "builtin" in sides
-    step_s = step_seconds(work.config(), settings["builtin"]["threads"]) if cpu else None
+    step_s = step_seconds(work.config(), settings["builtin"]["threads"] * settings["builtin"]["replicas"]) if cpu else None
     record |= {"settings": {side: settings[side] for side in sides}, "summary": summary(runs, step_s), "runs": runs}
     record |= {"sweep": trials, "gpu": "unmeasured: run with --device cuda where there is one"}
     if args.device == "cuda":
