@@ -324,7 +324,7 @@ def test_experts_on_the_wire():
     file = io.BytesIO()
     np.save(file, experts_SAK)
     found = _experts(base64.b64encode(file.getvalue()).decode(), [1, 2])
-    assert found is not None and found.dtype == torch.int16
+    assert found is not None and found.dtype == np.int16
     assert found.tolist() == [[[2, 3], [4, 5]], [[8, 9], [10, 11]]]
     assert _experts(None, [1, 2]) is None
 
