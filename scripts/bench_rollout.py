@@ -44,7 +44,7 @@ BEST: dict[str, dict[str, Any]] = {
         "threads": 2,
         "wait": "ACTIVE",
         "dtype": "bfloat16",
-        "batch": 256,
+        "batch": 128,
         "attention": "eager",
         "experts": "grouped_mm",
         "cache": "dynamic",
@@ -55,7 +55,7 @@ WAIT = ["ACTIVE", "PASSIVE"]  # how threads wait for each other (OMP_WAIT_POLICY
 AXES: dict[str, dict[str, list[Any]]] = {
     "builtin": {"replicas": [2, 1], "threads": [1, 2], "wait": WAIT, "max_rows": [512, 256]},
     "transformers": {
-        "batch": [256, 128, 512],
+        "batch": [128, 256, 512],
         "attention": ["eager", "sdpa"],
         "dtype": ["bfloat16", "float32"],
         "experts": ["grouped_mm", "eager"],
@@ -253,6 +253,8 @@ def chosen_sides(args: argparse.Namespace) -> list[str]:
 def main() -> int:
     args, work = parse()
     sides, settings, trials = chosen_sides(args), dict(BEST), {}
+    if args.device == "cuda":
+        settings["builtin"] = BEST["builtin"] | {"replicas": 1}  # processes share a CPU's cores, not a GPU
     record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine(), "work": asdict(work)}
     record["versions"] = {side: version(PACKAGES[side]) for side in sides} | {"torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +274,8 @@ def main() -> int:
                 runs[side].append(run(side, work, settings[side], model, args.device, warmup))
                 print(f"run {repeat + 1} {side}: {runs[side][-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     cpu = args.device == "cpu" and "builtin" in sides
-    step_s = step_seconds(work.config(), settings["builtin"]["threads"] * settings["builtin"]["replicas"]) if cpu else None
+    cores = settings["builtin"]["threads"] * settings["builtin"]["replicas"]
+    step_s = step_seconds(work.config(), cores) if cpu else None
     record |= {"settings": {side: settings[side] for side in sides}, "summary": summary(runs, step_s), "runs": runs}
     record |= {"sweep": trials, "gpu": "unmeasured: run with --device cuda where there is one"}
     if args.device == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,6 +15,7 @@ from lit_reason.environments import EnvironmentEngine
 from lit_reason.errors import ConfigError
 from lit_reason.objectives import Objective
 from lit_reason.rollout import Engine, Provable, Replicas
+from lit_reason.rollout.hosted import HostedEngine
 from lit_reason.sync import ProvenEngine
 from lit_reason.types import Prompt
 
@@ -51,11 +53,29 @@ def open_engine(
 
 def _make_engine(cfg: DictConfig, tokenizer: Tokenizer) -> Engine:
     """One, or `rollout.replicas` of them, among which `rollout.engine.cores` are dealt out."""
-    make, count = build(cfg, "rollout.engine", tokenizer=tokenizer), int(cfg.rollout.get("replicas", 1))
+    make = build(cfg, "rollout.engine", tokenizer=tokenizer)
+    first, count, cores = make(), cfg.rollout.get("replicas", 1), cfg.rollout.engine.get("cores")
+    check_replicas(cfg, first)
     if count == 1:
-        return make()
-    cores = cfg.rollout.engine.get("cores")
+        return first
     return Replicas([make() if cores is None else make(cores=list(cores)[i::count]) for i in range(count)])
+
+
+def check_replicas(cfg: DictConfig, engine: Any) -> None:
+    """ConfigError if there cannot be `rollout.replicas` of this engine."""
+    count, cores = cfg.rollout.get("replicas", 1), cfg.rollout.engine.get("cores")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"rollout.replicas={count}: a whole number, at least 1")
+    if count > 1 and not isinstance(engine, HostedEngine):
+        raise ConfigError(
+            f"rollout.replicas={count}: a {type(engine).__name__} is not started in a process by us. Type "
+            "rollout=builtin_process or rollout=vllm; of servers, rollout.engine.urls=[URL,URL]"
+        )
+    if cores is not None and len(cores) < count:
+        raise ConfigError(
+            f"rollout.replicas={count} on {len(cores)} cores (rollout.engine.cores={list(cores)}): at least one core "
+            "for each"
+        )
 
 
 def make_objective(cfg: DictConfig) -> Objective:

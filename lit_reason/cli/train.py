@@ -43,7 +43,7 @@ LOCKED = (
     *("reference", "adapter", "environment"),
     # A run that stopped on too many faults may go on with another limit of them.
     *(f"rubric.{key}" for key in ("_target_", "weights", "scale", "clip", "conditions")),
-    *("rollout.sampling", "rollout.shuffle_rewards", "rollout.correction"),
+    *("rollout.sampling", "rollout.shuffle_rewards", "rollout.correction", "rollout.replicas"),
     # Where an engine runs and how long it is waited for may change; what it computes may not.
     *(f"rollout.engine.{key}" for key in ("_target_", "dtype", "max_rows", "speculative", "return_experts")),
     *(f"rollout.engine.{key}" for key in ("settings", "options")),

@@ -247,11 +247,12 @@ def _check_engine(cfg: DictConfig) -> None:
     if not str(OmegaConf.select(cfg, "rollout.engine._target_")).startswith("lit_reason.rollout."):
         return
 
+    from lit_reason.cli.engines import check_replicas
     from lit_reason.objectives.correction import resolve_correction
     from lit_reason.rollout import BuiltinEngine
 
     engine = checked_build(cfg, "rollout.engine")(tokenizer=None)
-    _check_replicas(cfg, engine)
+    check_replicas(cfg, engine)
     if hasattr(engine, "check_sampling"):
         engine.check_sampling(checked_build(cfg, "rollout.sampling"))
     if cfg.rollout.get("proof") is not None:
@@ -266,22 +267,4 @@ def _check_engine(cfg: DictConfig) -> None:
         raise ConfigError(
             "rollout.engine.speculative=true: the model has no multi-token-prediction module that could draft. "
             "Type model.mtp_depth=1, or leave rollout.engine.speculative out"
-        )
-
-
-def _check_replicas(cfg: DictConfig, engine: Any) -> None:
-    from lit_reason.rollout.hosted import HostedEngine
-
-    count, cores = cfg.rollout.get("replicas", 1), cfg.rollout.engine.get("cores")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(f"rollout.replicas={count}: a whole number, at least 1")
-    if count > 1 and not isinstance(engine, HostedEngine):
-        raise ConfigError(
-            f"rollout.replicas={count}: a {type(engine).__name__} has no process of its own. Type "
-            "rollout=builtin_process or rollout=vllm, or leave rollout.replicas out"
-        )
-    if cores is not None and count > 1 and len(cores) < count:
-        raise ConfigError(
-            f"rollout.replicas={count} on {len(cores)} cores (rollout.engine.cores={list(cores)}): at least one core "
-            "for each"
         )

@@ -106,7 +106,8 @@ class RolloutLoop:
         self.stages.push(self._round)
         clock.lap("sync")
         rollout = self.collect(self._round)
-        if self.shape.sleep and self.stages.sleep is not None:
+        if self.shape.sleep:
+            assert self.stages.sleep is not None  # `Stages.check_shape`
             self.stages.sleep(self.shape.sleep)
         clock.lap("wait")
         return rollout

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         dtype = compute_dtype(x)
         if torch.is_grad_enabled():
             return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps, dtype))
-        return (_unit_rms(x, self.eps)[0] * self.weight).to(dtype)
+        return _unit_rms(x, self.eps)[0].mul_(self.weight).to(dtype)
 
 
 def _unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def _unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return wide * scale, scale
+    return (wide * scale if wide is x else wide.mul_(scale)), scale
 
 
 class _RMSNorm(torch.autograd.Function):

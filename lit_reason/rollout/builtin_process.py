@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class BuiltinProcess(HostedEngine):
         return self._engine.truth(model)
 
     def environment(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         if not isinstance(model, Transformer):

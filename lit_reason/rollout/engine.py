@@ -106,7 +106,8 @@ class Provable(Engine, Protocol):
         ...
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
-        """The `top` likeliest tokens after each prompt, at temperature 1."""
+        """The `top` likeliest tokens after each prompt, at temperature 1; an engine in several places answers for all
+        prompts in one place after another."""
         ...
 
 
@@ -139,7 +140,7 @@ def most_tokens(
     """How many tokens each completion may have: `sampling.max_tokens`, its own limit, and what the context leaves."""
     return [
         min(most, sampling.max_tokens, context - len(prompt.token_ids))
-        for prompt, most in zip(prompts, limits or [context] * len(prompts), strict=True)
+        for prompt, most in zip(prompts, [context] * len(prompts) if limits is None else limits, strict=True)
     ]
 
 

@@ -48,7 +48,6 @@ class HostedEngine(ABC):
 
     HOST = ""
     in_flight = True  # weights can be pushed while it generates
-    sleeps = False  # its host can give its memory back
 
     def __init__(
         self,
@@ -87,6 +86,11 @@ class HostedEngine(ABC):
 
     def version(self) -> int:
         return self._version
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether its host can give its memory back."""
+        return False
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -146,10 +150,7 @@ class HostedEngine(ABC):
         Args:
             limits: the most tokens of each completion, where they differ; `sampling.max_tokens` holds as well.
         """
-        if self.process and self._version < 0:
-            raise RolloutError("the engine's weights were dropped by its sleep: call engine.push(model, version) first")
-        check_requests(prompts, seeds, self._context, limits)
-        self.check_sampling(sampling)
+        self.check(prompts, sampling, seeds, limits)
         begun = len(self._versions) - 1
         most = most_tokens(prompts, sampling, self._context, limits)
         requests = [Request(p.token_ids, seed, limit) for p, seed, limit in zip(prompts, seeds, most, strict=True)]
@@ -166,6 +167,19 @@ class HostedEngine(ABC):
             found = ask(self.process)
         check_known(found, self._versions[begun:])
         return completions_of(found, prompts, seeds, sample_idx, self.tokenizer)
+
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> None:
+        """RolloutError or ConfigError for what it could not generate, or not now."""
+        if self.process and self._version < 0:
+            raise RolloutError("the engine's weights were dropped by its sleep: call engine.push(model, version) first")
+        check_requests(prompts, seeds, self._context, limits)
+        self.check_sampling(sampling)
 
     def sleep(self, level: int = 1) -> None:
         """Gives memory back until `wake`: 1 keeps the weights on the host, 2 drops them, so that only a push, which
@@ -190,6 +204,8 @@ class HostedEngine(ABC):
     def close(self) -> None:
         """Ends its process, and what another thread is generating with it; the next push starts another one."""
         self._closed = True
+        if (process := self._process) is not None:
+            process.close()  # before the lock: whoever holds it may be waiting for an answer
         with self._lock:
             self._end()
 
@@ -202,8 +218,11 @@ class HostedEngine(ABC):
     def _start(self, model: nn.Module) -> None:
         self._end()
         self._context = int(cast(CausalLM, model).config.max_seq_len)
-        settings, start_s = self.settings(model), self.deadlines.start
-        self._process = EngineProcess(self.HOST, settings, start_s, self.environment(), self.cores)
+        settings = self.settings(model)
+        self._process = EngineProcess(self.HOST, self.environment(), self.cores)
+        if self._closed:  # between these lines
+            self._process.close()
+        self._process.start(settings, self.deadlines.start)
 
     def _noting(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.export(model):
@@ -254,10 +273,11 @@ def completions_of(
     tokenizer: Tokenizer,
 ) -> list[Completion]:
     """What was generated, with its text and the request that it answers."""
+    idx = [0] * len(prompts) if sample_idx is None else sample_idx
     return [
         Completion(
             prompt.id,
-            idx,
+            i,
             one.token_ids,
             one.logprobs,
             tokenizer.decode(list(one.token_ids[:-1] if one.stopped else one.token_ids)),
@@ -267,7 +287,7 @@ def completions_of(
             experts_SLK=None if one.experts_SLK is None else torch.from_numpy(one.experts_SLK),
             switches=one.switches,
         )
-        for one, prompt, seed, idx in zip(found, prompts, seeds, sample_idx or [0] * len(prompts), strict=True)
+        for one, prompt, seed, i in zip(found, prompts, seeds, idx, strict=True)
     ]
 
 

@@ -61,24 +61,17 @@ class Deadlines:
 
 
 class EngineProcess:
-    """A started child that hosts an engine.
+    """A child that hosts an engine, from `start` on.
 
     Args:
         host: "module:Class" of a `worker.Host`.
-        settings: what its constructor gets.
-        start_s: seconds that it may take.
         environment: variables beside the trainer's own.
         cores: the CPU cores that it may use, all if None.
-
-    Raises:
-        EngineDiedError, EngineStalledError, RolloutError: it did not start; with its last words.
     """
 
     def __init__(
         self,
         host: str,
-        settings: Mapping[str, Any],
-        start_s: float,
         environment: Mapping[str, str] | None = None,
         cores: Sequence[int] | None = None,
     ) -> None:
@@ -112,6 +105,17 @@ class EngineProcess:
         self._finalizer = weakref.finalize(self, _end, os.getpid(), *held)
         self._reader.start()
         writer.start()
+
+    def start(self, settings: Mapping[str, Any], start_s: float) -> None:
+        """Makes the host.
+
+        Args:
+            settings: what its constructor gets.
+            start_s: seconds that it may take.
+
+        Raises:
+            EngineDiedError, EngineStalledError, RolloutError: it did not start; with its last words.
+        """
         try:
             self.call("start", dict(settings), silence_s=start_s)
         except BaseException:

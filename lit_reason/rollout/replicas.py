@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_reason.errors import ConfigError, EngineDiedError, EngineStalledError, WeightSyncError
-from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress, check_requests
+from lit_reason.rollout.engine import Held, NextToken, OnProgress, Progress
 from lit_reason.rollout.hosted import HostedEngine
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.types import Completion, Prompt
@@ -32,7 +32,10 @@ class Replicas:
         engine = Replicas([BuiltinProcess(tokenizer, cores=[core]) for core in (0, 1)])
         lit-reason-train ... rollout=builtin_process rollout.replicas=2
 
-    An engine that dies is started once more and proven alone; if that fails, all are ended.
+    An engine that dies is started once more and proven alone; if that fails while all generate, all are ended.
+
+    Raises:
+        ConfigError: there is none; at the first push, several for a model on a GPU.
     """
 
     def __init__(self, engines: Sequence[HostedEngine]) -> None:
@@ -75,6 +78,11 @@ class Replicas:
         self.engines[0].check_sampling(sampling)
 
     def push(self, model: nn.Module, version: int) -> None:
+        if len(self.engines) > 1 and (device := next(model.parameters()).device).type != "cpu":
+            raise ConfigError(
+                f"rollout.replicas={len(self.engines)} for a model on {device}: replicas share a CPU's cores. Type "
+                "rollout.replicas=1, or rollout=vllm_server with one of rollout.engine.urls per device"
+            )
         self._each(lambda engine, _: engine.push(model, version))
 
     def generate(
@@ -87,7 +95,8 @@ class Replicas:
         limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """See `HostedEngine.generate`."""
-        check_requests(prompts, seeds, limits=limits)
+        for engine in self.engines:
+            engine.check(prompts, sampling, seeds, limits)
         shares = cut(len(prompts), len(self.engines))
         told = None if progress is None else Together(shares, progress)
 
@@ -96,16 +105,15 @@ class Replicas:
             idx, most = (None if one is None else one[share] for one in (sample_idx, limits))
             return engine.generate(prompts[share], sampling, seeds[share], idx, heard, most) if prompts[share] else []
 
-        return [completion for found in self._each(ask) for completion in found]
+        return [completion for found in self._each(ask, end_all=True) for completion in found]
 
     def held(self) -> Mapping[str, Held]:
         """A tensor in which they differ once for each, under its name, "at" and the replica."""
         return agreed({f"replica {i}": held for i, held in enumerate(self._each(lambda engine, _: engine.held()))})
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
-        """Each is asked for all; the i-th answer is that of the i-th replica, in turn."""
-        said = self._each(lambda engine, _: engine.next_token(prompts, top))
-        return in_turn({f"replica {i}": one for i, one in enumerate(said)})
+        """Of all prompts what each replica says, one after another."""
+        return [one for said in self._each(lambda engine, _: engine.next_token(prompts, top)) for one in said]
 
     def sleep(self, level: int = 1) -> None:
         self._each(lambda engine, _: engine.sleep(level))
@@ -117,20 +125,28 @@ class Replicas:
         for engine in self.engines:
             engine.close()
 
-    def _each(self, work: Callable[[HostedEngine, int], T]) -> list[T]:
-        """`work` of all at the same time. If one is gone, or Ctrl-C is pressed, the others are ended, too: nobody wants
-        their answers."""
-        with ThreadPoolExecutor(len(self.engines), thread_name_prefix="lit_reason replica") as pool:
-            futures = [pool.submit(work, engine, i) for i, engine in enumerate(self.engines)]
+    def _each(self, work: Callable[[HostedEngine, int], T], end_all: bool = False) -> list[T]:
+        """`work` of all at the same time, in threads for which a process that ends does not wait.
+
+        Args:
+            end_all: if one is lost the others are ended, too, for nobody wants their long answers any more.
+        """
+        futures: list[Future[T]] = [Future() for _ in self.engines]
+
+        def do(i: int) -> None:
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                return [future.result() for future in futures]
+                futures[i].set_result(work(self.engines[i], i))
             except BaseException as error:
-                if isinstance(error, EngineDiedError | EngineStalledError) or not isinstance(error, Exception):
-                    self.close()
-                raise
+                futures[i].set_exception(error)
+
+        for i in range(len(futures)):
+            threading.Thread(target=do, args=(i,), name=f"lit_reason replica {i}", daemon=True).start()
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failed = [future for future in done if future.exception() is not None]
+        if end_all and any(isinstance(future.exception(), EngineDiedError | EngineStalledError) for future in failed):
+            self.close()
+        wait(futures)
+        return [future.result() for future in (*failed, *futures)][len(failed) :]
 
 
 class Together:
@@ -170,20 +186,4 @@ def agreed(by_place: Mapping[str, Mapping[str, Held]]) -> dict[str, Held]:
     for name, one in first.items():
         same = all(held[name] == one for held in by_place.values())
         found |= {name: one} if same else {f"{name} at {place}": held[name] for place, held in by_place.items()}
-    return found
-
-
-def in_turn(by_place: Mapping[str, Sequence[NextToken]]) -> list[NextToken]:
-    """Of the i-th prompt what the i-th place said, in turn.
-
-    Raises:
-        WeightSyncError: only some of them took a prompt from their prefix cache.
-    """
-    answers: list[Any] = list(by_place.values())
-    found = []
-    for i in range(len(answers[0])):
-        cached = {place: said[i].cached for place, said in by_place.items()}
-        if len({count > 0 for count in cached.values()}) > 1:
-            raise WeightSyncError(f"of a canary these took from their prefix caches, in tokens: {cached}")
-        found.append(NextToken(answers[i % len(answers)][i].logprobs, max(cached.values())))
     return found

@@ -56,7 +56,6 @@ class VLLMEngine(HostedEngine):
     """
 
     HOST = "lit_reason.rollout.vllm_host:VLLMHost"
-    sleeps = True  # on a GPU
 
     def __init__(
         self,
@@ -78,6 +77,11 @@ class VLLMEngine(HostedEngine):
         self._device = torch.device("cpu")
         self._latent = True
         self._block: int | None = None
+
+    @property
+    def sleeps(self) -> bool:
+        """vLLM does on a GPU only."""
+        return torch.cuda.is_available()
 
     def prefix_block(self) -> int:
         if self._block is None:
@@ -108,6 +112,7 @@ class VLLMEngine(HostedEngine):
                 kv_cache_mb=self.kv_cache_mb,
                 gpu_memory=self.gpu_memory,
             )
+            | ({"enable_sleep_mode": True} if self._device.type == "cuda" else {})
             | self.options,
             "return_experts": experts,
         }
@@ -140,7 +145,7 @@ def llm_settings(
     if room is not None:
         settings["kv_cache_memory_bytes"] = room << 20
     if device.type == "cuda":
-        settings |= {"enable_sleep_mode": True} | ({"enable_return_routed_experts": True} if experts else {})
+        settings |= {"enable_return_routed_experts": True} if experts else {}
         return settings | {"gpu_memory_utilization": gpu_memory}
     settings |= {"enforce_eager": True, "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
     # A prompt read in parts ends in an error of vLLM's CPU sampler, which cannot wind a request's own generator back.

@@ -37,7 +37,7 @@ from lit_reason.models.export import checkpoint_tensors
 from lit_reason.rollout.engine import Held, NextToken, OnProgress, check_requests, most_tokens
 from lit_reason.rollout.hosted import DTYPES, completions_of, throttled
 from lit_reason.rollout.process import Deadlines
-from lit_reason.rollout.replicas import agreed, in_turn
+from lit_reason.rollout.replicas import agreed
 from lit_reason.rollout.sampling import Sampling
 from lit_reason.rollout.vllm import check_sampling, logprobs_mode
 from lit_reason.rollout.vllm_experts import moe_rows
@@ -178,14 +178,10 @@ class VLLMServerEngine:
         )
 
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
-        """Every server is asked for all; the i-th answer is that of the i-th server, in turn.
-
-        Raises:
-            WeightSyncError: only some of them took a prompt from their cache.
-        """
+        """Of all prompts what each server says, one server after another."""
         bodies = [_body(ids, temperature=0.0, max_tokens=1, logprobs=top, ignore_eos=True) for ids in prompts]
         answers = self.fleet.run(lambda _: self._probe(bodies))
-        return in_turn({server.url: [_next_token(server.url, one) for one in said] for server, said in answers.items()})
+        return [_next_token(server.url, one) for server, said in answers.items() for one in said]
 
     def close(self) -> None:
         """Leaves the servers as they are."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -120,10 +121,12 @@ class Proof:
             )
         block = engine.prefix_block()
         second = engine.next_token(self._canaries, self.top) if block else first
-        if any(one.cached == 0 for one, ids in zip(second, self._canaries, strict=True) if 0 < block < len(ids)):
+        lengths = [len(ids) for ids in self._canaries] * (len(second) // len(self._canaries))
+        if any(one.cached == 0 for one, length in zip(second, lengths, strict=True) if 0 < block < length):
             raise WeightSyncError("the engine did not use its prefix cache for a canary that it had just read")
         expected = next_logprobs(model, self._canaries)
-        gap = max(_gap(first, expected), _gap(second, expected))
+        count = len(self._canaries)  # of each place
+        gap = max(_gap(said[i : i + count], expected) for said in (first, second) for i in range(0, len(said), count))
         limit = LIMITS[engine.dtype] if self.limit is None else self.limit
         if not gap <= limit:
             dtype = str(engine.dtype).removeprefix("torch.")
@@ -150,6 +153,7 @@ class ProvenEngine:
     def __init__(self, engine: Provable, proof: Proof) -> None:
         self.engine, self.proof = engine, proof
         self.measured: dict[str, float] = {}
+        self._lock = threading.Lock()  # replicas may be lost, started again and proven at the same time
         self._slept: Mapping[str, Held] = {}
         if hasattr(engine, "recovered"):
             cast(Any, engine).recovered = self._prove
@@ -192,7 +196,8 @@ class ProvenEngine:
         return self.engine.version()
 
     def _prove(self, engine: Provable, model: nn.Module, version: int) -> None:
-        self.measured = self.proof.check(engine, model, version)
+        with self._lock:
+            self.measured = self.proof.check(engine, model, version)
 
     def __getattr__(self, name: str) -> object:
         if name == "engine":  # of a copy that is being made

@@ -108,7 +108,7 @@ def test_refused_before_any_training(override, said, monkeypatch):
         ("rollout=builtin_process rollout.replicas=0", "rollout.replicas=0: a whole number, at least 1"),
         (
             "rollout=builtin +rollout.replicas=2",
-            "a BuiltinEngine has no process of its own. Type rollout=builtin_process",
+            "a BuiltinEngine is not started in a process by us. Type rollout=builtin_process",
         ),
         (
             "rollout=builtin_process rollout.replicas=3 rollout.engine.cores=[0,1]",

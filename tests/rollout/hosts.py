@@ -124,3 +124,13 @@ class Mislabelling(Remembering):
 class Sleeping(Remembering):
     def generate(self, requests, sampling, alive):
         time.sleep(1000)
+
+
+class Failing(Remembering):
+    def generate(self, requests, sampling, alive):
+        raise ValueError("no spoon")
+
+
+class Starting(Remembering):
+    def __init__(self, **settings):
+        time.sleep(1000)

@@ -34,14 +34,16 @@ def importable():
 @pytest.fixture(scope="module")
 def shared():
     """For tests that leave it alive."""
-    process = EngineProcess(HOST, {"greeting": "hi"}, start_s=120)
+    process = EngineProcess(HOST)
+    process.start({"greeting": "hi"}, start_s=120)
     yield process
     process.close()
 
 
 @pytest.fixture
 def own():
-    process = EngineProcess(HOST, {}, start_s=120)
+    process = EngineProcess(HOST)
+    process.start({}, start_s=120)
     yield process
     process.close()
 
@@ -220,7 +222,7 @@ def test_an_end_is_named_with_its_last_words(how, own):
         with pytest.raises(
             RolloutError, match=r"(?s)failed to start: TypeError.*unexpected keyword argument 'nonsense'"
         ):
-            EngineProcess(HOST, {"nonsense": 1}, start_s=120)
+            EngineProcess(HOST).start({"nonsense": 1}, start_s=120)
 
 
 def test_an_end_is_seen_though_a_grandchild_holds_the_pipe(own):
@@ -257,7 +259,8 @@ def test_nothing_is_left_open(shared):
         return len(os.listdir("/proc/self/fd"))
 
     before, threads = descriptors(), threading.active_count()
-    process = EngineProcess(HOST, {}, start_s=120)
+    process = EngineProcess(HOST)
+    process.start({}, start_s=120)
     process.send("load", 1, tensors=[("w", torch.ones(5))], silence_s=30)
     log = process.log
     process.close()
@@ -268,7 +271,8 @@ PARENT = """
 import json, os, signal, sys, time
 sys.path.insert(0, {here!r})
 from lit_reason.rollout.process import EngineProcess
-process = EngineProcess("hosts:Host", {{}}, start_s=120)
+process = EngineProcess("hosts:Host")
+process.start({{}}, start_s=120)
 child = process.call("grandchild", silence_s=30)
 fork = os.fork() if {fork} else None
 if fork == 0:
@@ -319,8 +323,9 @@ def test_a_fork_of_the_trainer_that_exits_leaves_the_engine_alone(own):
 
 def test_it_runs_on_the_cores_that_it_is_given():
     core = min(os.sched_getaffinity(0))
-    process = EngineProcess(HOST, {}, start_s=120, environment={"FOR_THE_CHILD": "7"}, cores=[core])
+    process = EngineProcess(HOST, environment={"FOR_THE_CHILD": "7"}, cores=[core])
     try:
+        process.start({}, start_s=120)
         assert process.call("circumstances", silence_s=30) == ({core}, "7")
         assert "FOR_THE_CHILD" not in os.environ
     finally:

@@ -1,19 +1,24 @@
 """Several engines as one: what they make, what they say they hold, and how they end. The processes are real."""
 
 import dataclasses
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from lit_reason.cli.engines import _make_engine
 from lit_reason.errors import ConfigError, EngineDiedError, RolloutError, WeightSyncError
 from lit_reason.models.export import checkpoint_tensors
 from lit_reason.rollout import BuiltinEngine, BuiltinProcess, Provable, Replicas, Sampling
-from lit_reason.rollout.engine import Engine, Held, NextToken, Progress
+from lit_reason.rollout.engine import Engine, Held, Progress
 from lit_reason.rollout.hosted import HostedEngine
-from lit_reason.rollout.replicas import Together, agreed, cut, in_turn
+from lit_reason.rollout.replicas import Together, agreed, cut
 from lit_reason.sync import Proof, ProvenEngine
 
 HERE = str(Path(__file__).parent)
@@ -128,22 +133,104 @@ def test_a_refused_push_leaves_no_version(make, model, prompts):
     engine.push(model, 0)
     with pytest.raises(WeightSyncError, match="refused the weights of version 1"):
         engine.push(model, 1)
-    assert engine.version() == -1
+    assert engine.version() == -1 and engine.engines[0].process.alive
     with pytest.raises(RolloutError, match="no weights yet"):
         engine.generate(prompts(2), Sampling(), [1, 2])
     engine.push(model, 2)
     assert engine.version() == 2
 
 
-def test_a_wrong_request_ends_none(two, model, prompts):
+def test_a_wrong_request_is_refused_before_anything_is_dealt(two, model, prompts):
     two.push(model, 0)
+    pids = [one.process.pid for one in two.engines]
     with pytest.raises(RolloutError, match="2 prompts and 1 seeds"):
         two.generate(prompts(2), Sampling(), [1])
     with pytest.raises(RolloutError, match="2 prompts and 1 limits"):
         two.generate(prompts(2), Sampling(), [1, 2], limits=[4])
-    assert two.version() == 0 and len(two.generate(prompts(2), Sampling(max_tokens=2), [1, 2])) == 2
+    long = dataclasses.replace(prompts(1)[0], token_ids=(5,) * 64)
+    began = []
+    for engine in two.engines:
+        engine.generate = lambda *a: began.append(a)  # type: ignore[method-assign]
+    with pytest.raises(RolloutError, match=r"has 64 tokens; valid 1\.\.63"):
+        two.generate([*prompts(3), long], Sampling(), [1, 2, 3, 4])
+    for engine in two.engines:
+        del engine.generate
+    assert not began and [one.process.pid for one in two.engines] == pids and two.version() == 0
+    assert len(two.generate(prompts(2), Sampling(max_tokens=2), [1, 2])) == 2
     with pytest.raises(ConfigError, match="at least one"):
         Replicas([])
+
+
+def test_an_error_of_one_ends_none(make, model, prompts):
+    engine = make("Remembering", "Failing")
+    engine.push(model, 0)
+    pids = [one.process.pid for one in engine.engines]
+    with pytest.raises(RolloutError, match="no spoon"):
+        engine.generate(prompts(2), Sampling(), [1, 2])
+    assert [one.process.pid for one in engine.engines] == pids and engine.version() == 0
+
+
+def test_a_dead_one_is_no_end_of_the_others(model, prompts, two):
+    """It dies while the policy trains: the question before the next push finds it, the push replaces it alone."""
+    proven = ProvenEngine(two, Proof([prompt.token_ids for prompt in prompts(4)]))
+    proven.push(model, 0)
+    first, second = (one.process for one in two.engines)
+    os.kill(second.pid, signal.SIGKILL)
+    second._process.wait()
+    proven.push(model, 1)
+    assert two.engines[0].process is first and two.engines[1].process.pid != second.pid and two.version() == 1
+
+
+def test_two_that_stall_at_once_leave_the_policy_in_training(model, prompts, two):
+    proven = ProvenEngine(two, Proof([prompt.token_ids for prompt in prompts(4)]))
+    model.train()
+    proven.push(model, 0)
+    for one in two.engines:
+        os.kill(one.process.pid, signal.SIGSTOP)
+        one.deadlines = dataclasses.replace(one.deadlines, generate=2.0)
+    assert len(proven.generate(prompts(4), Sampling(max_tokens=2), range(4))) == 4
+    assert model.training
+
+
+def test_close_ends_what_other_threads_wait_for(make, model, prompts):
+    engine, starting = make("Sleeping", "Sleeping"), make("Starting")
+    engine.push(model, 0)
+
+    def ends(closed, work, *args):
+        failed = []
+
+        def run():
+            try:
+                work(*args)
+            except EngineDiedError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while any(one._process is None for one in closed.engines):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        closed.close()
+        thread.join(timeout=20)
+        return bool(failed) and not thread.is_alive()
+
+    assert ends(engine, engine.generate, prompts(2), Sampling(), [1, 2])
+    assert ends(starting, starting.push, model, 0)
+
+
+def test_a_model_on_a_gpu_is_refused(two):
+    model = torch.nn.Linear(1, 1, device="meta")
+    with pytest.raises(ConfigError, match=r"rollout\.replicas=2 for a model on meta.*or rollout=vllm_server"):
+        two.push(model, 0)
+
+
+def test_cores_are_dealt_out(tokenizer):
+    engine = {"_target_": "lit_reason.rollout.BuiltinProcess", "_partial_": True, "cores": [3, 5, 7]}
+    cfg = OmegaConf.create({"allow_targets": [], "rollout": {"replicas": 2, "engine": engine}})
+    two = _make_engine(cfg, tokenizer)
+    assert isinstance(two, Replicas) and [one.cores for one in two.engines] == [[3, 7], [5]]
+    cfg.rollout.replicas = 1
+    assert _make_engine(cfg, tokenizer).cores == [3, 5, 7]
 
 
 def test_progress_adds_up():
@@ -161,11 +248,3 @@ def test_places_that_do_not_agree():
     assert agreed({"a": {"w": held}, "b": {"w": other}}) == {"w at a": held, "w at b": other}
     with pytest.raises(WeightSyncError, match=r"b and a do not have the same tensors: \['v'\]"):
         agreed({"a": {"w": held}, "b": {"w": held, "v": other}})
-    said = {
-        "a": [NextToken({1: -0.1}, 0), NextToken({2: -0.2}, 8)],
-        "b": [NextToken({3: -0.3}, 0), NextToken({4: 0}, 9)],
-    }
-    assert in_turn(said) == [NextToken({1: -0.1}, 0), NextToken({4: 0}, 9)]
-    said["b"][0] = NextToken({3: -0.3}, 4)
-    with pytest.raises(WeightSyncError, match=r"prefix caches, in tokens: \{'a': 0, 'b': 4\}"):
-        in_turn(said)

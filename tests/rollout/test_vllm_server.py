@@ -426,7 +426,7 @@ def test_a_fault_of_one_server_is_proven(both, monkeypatch):
     proven.push(make_model(), 3)
     with monkeypatch.context() as patch:
         patch.setattr(both, "_flush", forgets)
-        with pytest.raises(WeightSyncError, match=rf"prefix caches, in tokens: .*'{last.url}': {BLOCK}"):
+        with pytest.raises(WeightSyncError, match=r"still had \d+ tokens of the canaries in its prefix cache"):
             proven.push(make_model(), 4)
     with monkeypatch.context() as patch:
         patch.setattr(both.fleet, "call", skips)
