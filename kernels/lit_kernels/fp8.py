@@ -53,7 +53,7 @@ def scales_of(amax: Tensor, kind: Scales) -> tuple[Tensor, Tensor]:
 
 def quantise_rows_reference(x_MK: Tensor, kind: Scales = "float") -> Quantised:
     """One scale per 128 neighbours of a row."""
-    M, K = x_MK.shape
+    K = x_MK.shape[1]
     blocks_MkB = F.pad(x_MK.float(), (0, -K % BLOCK)).unflatten(1, (-1, BLOCK))
     scale_Mk, inverse_Mk = scales_of(_size(blocks_MkB).amax(-1), kind)
     values = (blocks_MkB * inverse_Mk[..., None]).to(E4M3).flatten(1)[:, :K]

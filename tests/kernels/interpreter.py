@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter compute as a GPU does (for tests only): its casts to bfloat16 and FP8 drop bits, and it takes
-bfloat16 for integers. Of Triton 3.6 to 3.9.
+"""Makes Triton's interpreter compute as a GPU does (for tests only): its casts to bfloat16 and FP8 drop bits, and it
+takes bfloat16 for integers. Of Triton 3.6 to 3.9.
 
-Values are kept as the interpreter keeps them, as raw bits of numpy's integers, and go through torch, whose casts are right.
-"""
+Values are kept as the interpreter keeps them, as raw bits of numpy's integers, and go through torch, whose casts are
+right."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What Triton's compiler makes of the kernels for an H100 or H200 (sm_90), without a GPU: no registers spilled to memory,
-shared memory within what a block may have, wide loads and stores. Not in one process with the interpreter."""
+"""What Triton's compiler makes of the kernels for an H100 or H200 (sm_90), without a GPU: no registers spilled to
+memory, shared memory within what a block may have, wide loads. Not in one process with the interpreter."""
 
 import os
 import subprocess

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from lit_kernels.fp8 import (
     E4M3,
     dequantise_blocks,
@@ -71,8 +70,8 @@ def test_what_is_not_a_number_stays_visible():
 @pytest.mark.parametrize(("kind", "within_db"), [("power of two", 0.1), ("float", 0.5)])
 def test_how_much_is_lost(kind, within_db):
     """E4M3 keeps 3 bits of a mantissa: between 2**e and 2**(e+1) its numbers are 2**(e-3) apart, and the error's mean
-    square is a twelfth of that one's. Of a normal sample the shares of the octaves are known; a scale that is a power of
-    two keeps them, any other one shifts them."""
+    square is a twelfth of that one's. Of a normal sample the shares of the octaves are known; a scale that is a power
+    of two keeps them, any other one shifts them."""
 
     def within(size):
         return math.erf(size / math.sqrt(2))
