@@ -86,5 +86,11 @@ def dequantise_blocks(q: Quantised) -> Tensor:
     return q.values.float() * q.scales.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]
 
 
+def gemm_reference(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """a b^T of rows `a` and rows or blocks `b`: dequantised, summed in float32, rounded once."""
+    rows = b.scales.shape == (len(b.values), a.scales.shape[1])
+    return (dequantise_rows(a) @ (dequantise_rows(b) if rows else dequantise_blocks(b)).t()).to(dtype)
+
+
 def _size(x: Tensor) -> Tensor:
     return x.abs().nan_to_num(0.0, posinf=float("inf"))
