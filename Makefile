@@ -26,6 +26,7 @@ demo: $(STAMP)  ## train a small reasoner and measure the gain (SEED=1)
 
 test: $(STAMP)  ## run the tests (JOBS=2 processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreted
 
 lint: $(STAMP)  ## formatting, lint and types
 	$(BIN)/ruff format --check .

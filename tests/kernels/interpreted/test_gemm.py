@@ -1,0 +1,71 @@
+"""The FP8 product against float64 sums of the dequantised operands, and what FP8 costs against the unquantised product."""
+
+import pytest
+import torch
+
+from lit_kernels.fp8 import (
+    Quantised,
+    dequantise_blocks,
+    dequantise_rows,
+    gemm_reference,
+    quantise_blocks_reference,
+    quantise_both_reference,
+    quantise_rows_reference,
+)
+
+gemm = pytest.importorskip("lit_kernels.gemm").gemm
+SHAPES = [(64, 128, 128), (100, 200, 272), (1, 3, 128), (130, 129, 48)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["blocks", "rows"])
+def test_sums_are_those_of_the_dequantised_operands(shape, in_blocks):
+    M, N, K = shape
+    a = quantise_rows_reference(normal(M, K) * torch.exp(normal(M, 1, seed=1)))
+    b = (quantise_blocks_reference if in_blocks else quantise_rows_reference)(normal(N, K, seed=2))
+    wide = (dequantise_blocks if in_blocks else dequantise_rows)(b)
+    exact = dequantise_rows(a).double() @ wide.double().t()
+    assert error(gemm(a, b, torch.float32), exact) < 1e-6  # float32 sums of K terms
+    assert error(gemm(a, b), exact) < 2e-3  # one rounding to bfloat16: at most 2**-9, uniform below it
+    torch.testing.assert_close(gemm(a, b), gemm_reference(a, b), rtol=2**-7, atol=1e-5)
+
+
+def test_scales_of_another_column_are_not_taken():
+    """Every block of a scale of its own: a wrong index is off by a factor of two at least."""
+    a, b = normal(64, 512), normal(256, 512, seed=1)
+    a *= 2.0 ** torch.arange(4).repeat_interleave(128)
+    b *= 2.0 ** (torch.arange(4).repeat_interleave(128) * 3)
+    b[128:] *= 1 / 64
+    quantised = quantise_rows_reference(a), quantise_blocks_reference(b)
+    assert error(gemm(*quantised), a.double() @ b.double().t()) < 0.05
+
+
+def test_all_three_products_of_a_linear_layer():
+    """y = x w^T, dx = dy w, dw = dy^T x, each 28 dB over its error at least (DeepGEMM's and torchao's bound)."""
+    x_MK, w_NK, dy_MN = normal(192, 256), normal(128, 256, seed=1), normal(192, 128, seed=2)
+    x, x_t = quantise_both_reference(x_MK)
+    dy, dy_t = quantise_both_reference(dy_MN)
+    products = {
+        "y": (gemm(x, quantise_blocks_reference(w_NK)), x_MK @ w_NK.t()),
+        "dx": (gemm(dy, quantise_blocks_reference(w_NK.t())), dy_MN @ w_NK),
+        "dw": (gemm(dy_t, x_t, torch.float32), dy_MN.t() @ x_MK),
+    }
+    for name, (found, exact) in products.items():
+        assert error(found, exact.double()) < 10 ** (-28 / 20), name
+
+
+def test_what_does_not_fit_is_refused():
+    a, b = quantise_rows_reference(normal(4, 256)), quantise_rows_reference(normal(8, 128))
+    with pytest.raises(ValueError, match=r"got a \(4, 256\) with scales \(4, 2\) and b \(8, 128\).*valid: \(M, K\)"):
+        gemm(a, b)
+    with pytest.raises(ValueError, match="valid:"):
+        gemm(a, Quantised(normal(8, 256).to(a.values.dtype), torch.ones(8, 1)))
+    assert gemm(Quantised(a.values[:0], a.scales[:0]), quantise_rows_reference(normal(8, 256))).shape == (0, 8)
