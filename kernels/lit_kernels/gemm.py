@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# (the language inside a kernel is not Python, and a kernel is launched by kernel[grid](...))
 """Products of E4M3 matrices with block scales, in Triton: out = a b^T, both with their summed dimension contiguous.
 
     forward            y  = x w^T            rows   x blocks
@@ -49,7 +51,11 @@ def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16) -> Ten
     (M, K), N = a.values.shape, len(b.values)
     k = triton.cdiv(K, BLOCK)
     in_blocks = b.scales.shape != (N, k)
-    if b.values.shape[1] != K or a.scales.shape != (M, k) or (in_blocks and b.scales.shape != (triton.cdiv(N, BLOCK), k)):
+    if (
+        b.values.shape[1] != K
+        or a.scales.shape != (M, k)
+        or (in_blocks and b.scales.shape != (triton.cdiv(N, BLOCK), k))
+    ):
         raise ValueError(
             f"got a {tuple(a.values.shape)} with scales {tuple(a.scales.shape)} and b {tuple(b.values.shape)} with "
             f"scales {tuple(b.scales.shape)}; valid: (M, K) with (M, k), (N, K) with (N, k) or (n, k), for k = K / 128"

@@ -2,8 +2,8 @@
 
     tokens sorted by expert -> gate and up -> silu(gate) * up -> down -> weighted, back in the tokens' order
 
-Rows behind the last expert's belong to nobody: torch leaves them unwritten, in gradients too (pytorch #154557); here they
-are zero. An expert without rows gets a gradient of zeros.
+Rows behind the last expert's belong to nobody: torch leaves them unwritten, in gradients too (pytorch #154557); here
+they are zero. An expert without rows gets a gradient of zeros.
 
 Shapes: N tokens, K experts chosen by each, S = N K rows; E experts, D width, F expert width."""
 

@@ -1,3 +1,5 @@
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# (the language inside a kernel is not Python, and a kernel is launched by kernel[grid](...))
 """Triton kernels that quantise to E4M3 with block scales; `fp8.py` says what they compute, bit by bit.
 
 Each reads a tile of 128 columns once. Divisions are the correctly rounded ones: the compiler's default is not, and then

@@ -3,10 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from lit_kernels.grouped import experts, experts_reference, grouped_mm
 
-COUNTS = {"even": [8, 8, 8, 8], "uneven": [1, 0, 23, 5], "empty ends": [0, 9, 4, 0], "a tail": [3, 5, 0, 2], "none": [0] * 4}
+COUNTS = {
+    "even": [8, 8, 8, 8],
+    "uneven": [1, 0, 23, 5],
+    "empty ends": [0, 9, 4, 0],
+    "a tail": [3, 5, 0, 2],
+    "none": [0] * 4,
+}
 
 
 def problem(counts, D=16, F_=24, rows=32, dtype=torch.float32):

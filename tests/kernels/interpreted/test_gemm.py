@@ -1,8 +1,7 @@
-"""The FP8 product against float64 sums of the dequantised operands, and what FP8 costs against the unquantised product."""
+"""The FP8 product against float64 sums of the dequantised operands, and what FP8 costs."""
 
 import pytest
 import torch
-
 from lit_kernels.fp8 import (
     Quantised,
     dequantise_blocks,
