@@ -155,7 +155,7 @@ class Stages:
         if shape.sleep and self.sleep is None:
             raise ConfigError(
                 f"rollout.shape.sleep={shape.sleep}: this engine keeps its memory while the policy trains. "
-                "Type rollout.shape.sleep=0, or rollout=vllm"
+                "Type rollout.shape.sleep=0, or rollout=vllm on a GPU"
             )
         if shape.in_flight and not self.in_flight:
             raise ConfigError(
