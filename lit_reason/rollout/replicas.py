@@ -146,7 +146,9 @@ class Replicas:
         if end_all and any(isinstance(future.exception(), EngineDiedError | EngineStalledError) for future in failed):
             self.close()
         wait(futures)
-        return [future.result() for future in (*failed, *futures)][len(failed) :]
+        for future in failed:  # what failed first, not what its end made fail
+            future.result()
+        return [future.result() for future in futures]
 
 
 class Together:
