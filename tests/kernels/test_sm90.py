@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-from lit_kernels import quantise  # noqa: E402
+from lit_kernels.gpu import quantise  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's process cannot compile"

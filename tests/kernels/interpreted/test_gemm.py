@@ -12,7 +12,7 @@ from lit_kernels.fp8 import (
     quantise_rows_reference,
 )
 
-gemm = pytest.importorskip("lit_kernels.gemm").gemm
+gemm = pytest.importorskip("lit_kernels.gpu.gemm").gemm
 SHAPES = [(64, 128, 128), (100, 200, 272), (1, 3, 128), (130, 129, 48)]
 
 

@@ -13,7 +13,7 @@ from lit_kernels.fp8 import (
     quantise_rows_reference,
 )
 
-quantise = pytest.importorskip("lit_kernels.quantise")
+quantise = pytest.importorskip("lit_kernels.gpu.quantise")
 SHAPES = [(128, 128), (256, 384), (100, 200), (1, 16), (130, 7)]
 KINDS = ["float", "power of two"]
 

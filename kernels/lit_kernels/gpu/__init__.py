@@ -1,0 +1,1 @@
+"""The Triton kernels and their launches; the modules above say what they compute and when they are taken."""
