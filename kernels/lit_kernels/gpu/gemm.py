@@ -7,20 +7,43 @@
     weight's gradient  dw = dy^T (x^T)^T     rows of dy^T  x  rows of x^T
 
 Tensor cores sum FP8 products with about 14 bits on Hopper; every 128 of them the sum is scaled and added in float32
-(2412.19437 section 3.3.2), which here is one step of the loop. This is the portable form, on pointers.
+(2412.19437 section 3.3.2), which here is one step of the loop.
+
+    pointers      portable: one program per tile
+    descriptors   sm_90: as many programs as multiprocessors, tiles fetched and stored by TMA
+    specialised   the same; one group of warps fetches for two others, which multiply
 
 Shapes: M rows of a, N rows of b, K summed; k = K / 128 scales."""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lit_kernels.fp8 import BLOCK, Quantised
 
-TILE_M, TILE_N = 64, 128
+Form = Literal["auto", "pointers", "descriptors", "specialised"]
+TILE_M, TILE_N = 64, 128  # by pointers
+SIDE = 128  # of a tile by descriptors: with 128 x 256 the two sums no longer fit the registers
+TOGETHER = 8  # rows of tiles that are walked through column by column, so that a and b are found in the L2 cache
+ALIGNED = 16  # bytes: TMA takes no other address or stride
+
+
+class Launch(NamedTuple):
+    """Specialising warps takes effect only with 4 of them (one group) and loops that are not flattened."""
+
+    warps: int
+    stages: int
+    specialised: bool
+
+
+LAUNCHES = {"descriptors": Launch(8, 4, False), "specialised": Launch(4, 4, True)}
+SM90 = "descriptors"  # which of them "auto" takes there: neither has been timed
 
 
 @triton.jit
@@ -46,25 +69,100 @@ def _gemm(
     tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """a b^T (M, N) of rows `a` (M, K) and rows or blocks `b` (N, K)."""
-    (M, K), N = a.values.shape, len(b.values)
-    k = triton.cdiv(K, BLOCK)
-    in_blocks = b.scales.shape != (N, k)
-    if (
-        b.values.shape[1] != K
-        or a.scales.shape != (M, k)
-        or (in_blocks and b.scales.shape != (triton.cdiv(N, BLOCK), k))
+@triton.jit
+def _gemm_persistent(
+    a, a_scales, b, b_scales, out, M, N, K,
+    SIDE: tl.constexpr, TILE_K: tl.constexpr, TOGETHER: tl.constexpr,
+    B_IN_BLOCKS: tl.constexpr, SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    tl.static_assert(SIDE == TILE_K, "a tile's columns share one block's scale")
+    if SPECIALISED:  # two groups of warps take half of the rows each, which the compiler can only do to its own ones
+        a = tl.make_tensor_descriptor(a, [M, K], [K, 1], [SIDE, TILE_K])
+        out = tl.make_tensor_descriptor(out, [M, N], [N, 1], [SIDE, SIDE])
+    tiles_m, tiles_n, steps = tl.cdiv(M, SIDE), tl.cdiv(N, SIDE), tl.cdiv(K, TILE_K)
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False, warp_specialize=SPECIALISED
     ):
+        first = tile // (TOGETHER * tiles_n) * TOGETHER
+        rows = tl.minimum(tiles_m - first, TOGETHER)
+        place = tile % (TOGETHER * tiles_n)
+        m0, n0 = (first + place % rows) * SIDE, place // rows * SIDE
+        m, n = m0 + tl.arange(0, SIDE), n0 + tl.arange(0, SIDE)
+        total = tl.zeros((SIDE, SIDE), tl.float32)
+        for step in range(steps):
+            product = tl.dot(a.load([m0, step * TILE_K]), b.load([n0, step * TILE_K]).T)
+            scale = tl.load(a_scales + step * M + m, mask=m < M, other=0.0)
+            if B_IN_BLOCKS:
+                one = n0 // SIDE * steps + step + tl.zeros_like(m)  # a vector of one address, see _gemm
+                total += product * (scale * tl.load(b_scales + one))[:, None]
+            else:
+                b_scale = tl.load(b_scales + step * N + n, mask=n < N, other=0.0)
+                total += product * (scale[:, None] * b_scale[None, :])
+        out.store([m0, n0], total.to(out.dtype))
+
+
+def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, form: Form = "auto") -> Tensor:
+    """a b^T (M, N) of rows `a` (M, K) and rows or blocks `b` (N, K)."""
+    in_blocks = is_in_blocks(a, b)
+    (M, K), N = a.values.shape, len(b.values)
+    out = a.values.new_empty(M, N, dtype=dtype)
+    if not K:
+        return out.zero_()
+    if not out.numel():
+        return out
+    fits = all(x.is_contiguous() and x.stride(0) * x.element_size() % ALIGNED == 0 for x in (a.values, b.values, out))
+    if form == "auto":
+        form = SM90 if fits and _is_hopper(out.device) else "pointers"
+    scales = (a.scales.t().contiguous(), b.scales.contiguous() if in_blocks else b.scales.t().contiguous())
+    if form == "pointers":
+        grid = (triton.cdiv(M, TILE_M), triton.cdiv(N, TILE_N))
+        operands = (a.values.contiguous(), scales[0], b.values.contiguous(), scales[1], out)
+        _gemm[grid](*operands, M, N, K, TILE_M, TILE_N, BLOCK, in_blocks, num_warps=4, num_stages=3)
+        return out
+    if not fits:
+        raise ValueError(
+            f"form={form!r} got K={K} and N={N} of {dtype}; valid: rows of a, b and out that are contiguous and a "
+            f"multiple of {ALIGNED} bytes. Type form='pointers'"
+        )
+    launch = LAUNCHES[form]
+    a_tiles, b_tiles, tiles = (TensorDescriptor.from_tensor(x, [SIDE, SIDE]) for x in (a.values, b.values, out))
+    if launch.specialised:
+        a_tiles, tiles = a.values, out
+        triton.set_allocator(_scratch)
+    grid = (min(triton.cdiv(M, SIDE) * triton.cdiv(N, SIDE), _multiprocessors(out.device)),)
+    _gemm_persistent[grid](
+        a_tiles, scales[0], b_tiles, scales[1], tiles, M, N, K,
+        SIDE, BLOCK, TOGETHER, in_blocks, launch.specialised, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out
+
+
+def is_in_blocks(a: Quantised, b: Quantised) -> bool:
+    """Whether `b` has scales of blocks, not of rows.
+
+    Raises:
+        ValueError: the shapes are not those of a product.
+    """
+    (M, K), N = a.values.shape, len(b.values)
+    k = -(-K // BLOCK)
+    in_blocks = b.scales.shape != (N, k)
+    fits = not in_blocks or b.scales.shape == (-(-N // BLOCK), k)
+    if b.values.shape[1] != K or a.scales.shape != (M, k) or not fits:
         raise ValueError(
             f"got a {tuple(a.values.shape)} with scales {tuple(a.scales.shape)} and b {tuple(b.values.shape)} with "
             f"scales {tuple(b.scales.shape)}; valid: (M, K) with (M, k), (N, K) with (N, k) or (n, k), for k = K / 128"
         )
-    out = a.values.new_empty(M, N, dtype=dtype)
-    if out.numel():
-        grid = (triton.cdiv(M, TILE_M), triton.cdiv(N, TILE_N))
-        _gemm[grid](
-            a.values, a.scales.t(), b.values, b.scales if in_blocks else b.scales.t(), out, M, N, K,
-            TILE_M, TILE_N, BLOCK, in_blocks, num_warps=4, num_stages=3,
-        )  # fmt: skip
-    return out
+    return in_blocks
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _scratch(size: int, _: int, __: int | None) -> Tensor:
+    """Where a kernel puts descriptors that it makes itself."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

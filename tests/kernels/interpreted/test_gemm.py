@@ -12,7 +12,9 @@ from lit_kernels.fp8 import (
     quantise_rows_reference,
 )
 
-gemm = pytest.importorskip("lit_kernels.gpu.gemm").gemm
+module = pytest.importorskip("lit_kernels.gpu.gemm")
+gemm = module.gemm
+FORMS = ["pointers", *module.LAUNCHES]
 SHAPES = [(64, 128, 128), (100, 200, 272), (1, 3, 128), (130, 129, 48)]
 
 
@@ -37,14 +39,35 @@ def test_sums_are_those_of_the_dequantised_operands(shape, in_blocks):
     torch.testing.assert_close(gemm(a, b), gemm_reference(a, b), rtol=2**-7, atol=1e-5)
 
 
-def test_scales_of_another_column_are_not_taken():
+@pytest.mark.parametrize("shape", [(130, 144, 272), (16, 1168, 128), (1180, 160, 144)], ids=str)
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["blocks", "rows"])
+@pytest.mark.parametrize("form", module.LAUNCHES)
+def test_every_tile_is_computed_once_and_as_by_pointers(monkeypatch, form, in_blocks, shape):
+    """More tiles than programs, and more rows of tiles than are walked together; outputs are poisoned."""
+    M, N, K = shape
+    a = quantise_rows_reference(normal(M, K) * torch.exp(normal(M, 1, seed=1)))
+    b = (quantise_blocks_reference if in_blocks else quantise_rows_reference)(normal(N, K, seed=2))
+    expected = gemm(a, b, torch.float32, "pointers")
+    real = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: real(*args, **kw).fill_(float("nan")))
+    torch.testing.assert_close(gemm(a, b, torch.float32, form), expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
+
+
+def test_what_tma_cannot_address_is_refused():
+    a, b = quantise_rows_reference(normal(8, 136)), quantise_rows_reference(normal(16, 136))
+    with pytest.raises(ValueError, match=r"got K=136 and N=16.*valid: .*a multiple of 16 bytes"):
+        gemm(a, b, form="descriptors")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scales_of_another_column_are_not_taken(form):
     """Every block of a scale of its own: a wrong index is off by a factor of two at least."""
     a, b = normal(64, 512), normal(256, 512, seed=1)
     a *= 2.0 ** torch.arange(4).repeat_interleave(128)
     b *= 2.0 ** (torch.arange(4).repeat_interleave(128) * 3)
     b[128:] *= 1 / 64
     quantised = quantise_rows_reference(a), quantise_blocks_reference(b)
-    assert error(gemm(*quantised), a.double() @ b.double().t()) < 0.05
+    assert error(gemm(*quantised, form=form), a.double() @ b.double().t()) < 0.05
 
 
 def test_all_three_products_of_a_linear_layer():
