@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from studies import gdpo, learning
+from studies import fp8, gdpo, learning
 
 from lit_reason.report.metrics import markdown_table
 
@@ -214,6 +214,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/studies/gdpo.md": {name: gdpo_table(table) for name, table in gdpo.TABLES.items()},
     **{f"docs/studies/{name}.md": learning.tables(name) for name in learning.STUDIES},
 }
+PAGES["docs/studies/fp8.md"]["pretraining"] = fp8.pretraining_table
 
 
 def fill(page: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Ways of learning compared on the demo's task: docs/studies/{opd,ppo,lora,rpg}.md.
+"""Ways of learning compared on the demo's task: docs/studies/{opd,ppo,lora,fp8,rpg}.md.
 
     python scripts/study_learning.py rpg            # run what is missing, then write the results
     python scripts/study_learning.py rpg --report   # write the results of finished runs

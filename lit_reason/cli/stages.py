@@ -174,8 +174,8 @@ def load_teacher(name: str, tokenizer: Tokenizer) -> nn.Module:
 
 
 def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
-    """Lightning's Trainer of the stage, with crash-safe checkpoints."""
-    callbacks = list((build(cfg, "callbacks") if cfg.callbacks else {}).values())
+    """Lightning's Trainer of the stage, with its kernels' callbacks and crash-safe checkpoints."""
+    callbacks = [c for group in ("callbacks", "kernels") if cfg[group] for c in build(cfg, group).values()]
     loggers = list((build(cfg, "logger") if cfg.logger else {}).values())
     kwargs |= {"callbacks": callbacks, "logger": loggers or False, "plugins": [SafeCheckpointIO()]}
     defaults = {"default_root_dir": cfg.run_dir} | TRAINER

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
+from lit_kernels.swap import take_all_off
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,8 +112,9 @@ class _Merged(Mapping[str, Tensor]):
 
 
 def merged_copy(model: Model) -> Model:
-    """A copy of the plain architecture with the adapters folded in, all of it trainable again."""
+    """A copy of the plain architecture with the adapters folded in, all of it trainable again, no kernels swapped in."""
     plain = copy.deepcopy(model)
+    take_all_off(plain)
     layers = adapted_layers(plain)
     if not layers:
         return plain

@@ -160,6 +160,10 @@ class PolicyModule(LanguageModule):
             sleep=engine.sleep if getattr(engine, "sleeps", False) else None,  # type: ignore[attr-defined]
         )
 
+    def computes_alike(self) -> list[nn.Module]:
+        """Models beside this module whose log-probs are compared with its own: kernels go into them, too."""
+        return self.reference.models()
+
     def on_fit_start(self) -> None:
         self.reference.to(self.device)
 

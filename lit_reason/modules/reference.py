@@ -47,6 +47,10 @@ class Reference(ABC):
         """The model to compute with, in eval mode."""
         yield cast(CausalLM, self._model)
 
+    def models(self) -> list[nn.Module]:
+        """Models of its own, which are to compute with the policy's kernels."""
+        return [self._model]
+
     def to(self, device: torch.device) -> None:
         self._model.to(device)
 
@@ -92,6 +96,9 @@ class Frozen(Reference):
                 yield cast(CausalLM, self._base)
         finally:
             self._base.train(training)
+
+    def models(self) -> list[nn.Module]:
+        return super().models() if self._base is None else []
 
     def to(self, device: torch.device) -> None:
         if self._base is None:

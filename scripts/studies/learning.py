@@ -53,6 +53,7 @@ STUDIES: dict[str, Study] = {
     ),
     "ppo": Study({"GRPO": (*GRPO, *FOUR), "PPO": ("algorithm=ppo", *FOUR, *CRITIC)}, updates=4),
     "lora": Study({"GRPO": GRPO, "GRPO, LoRA": (*GRPO, "adapter=lora", "optimizer.lr=0.0005")}),
+    "fp8": Study({"GRPO": GRPO, "GRPO in FP8": (*GRPO, "kernels=fp8_emulated")}),
     "rpg": Study(
         {
             "GRPO": (*GRPO, *FOUR, "optimizer.lr=0.0002"),
