@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lit_kernels.fp8 import BLOCK, Quantised
+from lit_kernels.gemm import is_in_blocks
 
 Form = Literal["auto", "pointers", "descriptors", "specialised"]
 TILE_M, TILE_N = 64, 128  # by pointers
@@ -135,24 +136,6 @@ def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, form: 
         SIDE, BLOCK, TOGETHER, in_blocks, launch.specialised, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out
-
-
-def is_in_blocks(a: Quantised, b: Quantised) -> bool:
-    """Whether `b` has scales of blocks, not of rows.
-
-    Raises:
-        ValueError: the shapes are not those of a product.
-    """
-    (M, K), N = a.values.shape, len(b.values)
-    k = -(-K // BLOCK)
-    in_blocks = b.scales.shape != (N, k)
-    fits = not in_blocks or b.scales.shape == (-(-N // BLOCK), k)
-    if b.values.shape[1] != K or a.scales.shape != (M, k) or not fits:
-        raise ValueError(
-            f"got a {tuple(a.values.shape)} with scales {tuple(a.scales.shape)} and b {tuple(b.values.shape)} with "
-            f"scales {tuple(b.scales.shape)}; valid: (M, K) with (M, k), (N, K) with (N, k) or (n, k), for k = K / 128"
-        )
-    return in_blocks
 
 
 def _is_hopper(device: torch.device) -> bool:

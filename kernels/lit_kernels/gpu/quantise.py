@@ -42,14 +42,22 @@ def _rows(x, values, scales, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _blocks(w, values, scales, N, K, stride_w, SIDE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def _blocks(
+    w, values, scales, N, K, stride_w, SIDE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TRANSPOSED: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     k = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     inside = (n[:, None] < N) & (k[None, :] < K)
     tile = tl.load(w + n[:, None] * stride_w + k[None, :], mask=inside, other=0.0).to(tl.float32)
     scale, inverse = _scales(tl.max(tl.max(tl.abs(tile), 1), 0), POWER_OF_TWO)
-    tl.store(values + n[:, None] * K + k[None, :], (tile * inverse).to(tl.float8e4nv), mask=inside)
-    tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
+    quantised = (tile * inverse).to(tl.float8e4nv)
+    if TRANSPOSED:
+        inside = (k[:, None] < K) & (n[None, :] < N)
+        tl.store(values + k[:, None].to(tl.int64) * N + n[None, :], tl.trans(quantised), mask=inside)
+        tl.store(scales + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), scale)
+    else:
+        tl.store(values + n[:, None] * K + k[None, :], quantised, mask=inside)
+        tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
 
 
 @triton.jit
@@ -78,14 +86,16 @@ def quantise_rows(x_MK: Tensor, kind: Scales = "float") -> Quantised:
     return Quantised(values, scales_kM.t())
 
 
-def quantise_blocks(w_NK: Tensor, kind: Scales = "float") -> Quantised:
-    """See `fp8.quantise_blocks_reference`; w's last dimension must be contiguous."""
+def quantise_blocks(w_NK: Tensor, kind: Scales = "float", transposed: bool = False) -> Quantised:
+    """See `fp8.quantise_blocks_reference`, of w or of its transpose; w's last dimension must be contiguous."""
     N, K = _checked(w_NK)
     grid = (triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK))
-    values, scales_nk = _empty(w_NK, N, K), w_NK.new_empty(grid, dtype=torch.float32)
+    values = _empty(w_NK, K, N) if transposed else _empty(w_NK, N, K)
+    scales = w_NK.new_empty(grid[::-1] if transposed else grid, dtype=torch.float32)
     if w_NK.numel():
-        _blocks[grid](w_NK, values, scales_nk, N, K, w_NK.stride(0), BLOCK, kind == "power of two", num_warps=8)
-    return Quantised(values, scales_nk)
+        constants = (BLOCK, kind == "power of two", transposed)
+        _blocks[grid](w_NK, values, scales, N, K, w_NK.stride(0), *constants, num_warps=8)
+    return Quantised(values, scales)
 
 
 def quantise_both(x_MK: Tensor, kind: Scales = "float") -> tuple[Quantised, Quantised]:

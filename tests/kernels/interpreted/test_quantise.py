@@ -41,6 +41,7 @@ def test_every_bit_is_the_references(shape, dtype, kind):
     x = sample(shape, dtype)
     same(quantise.quantise_rows(x, kind), quantise_rows_reference(x, kind))
     same(quantise.quantise_blocks(x, kind), quantise_blocks_reference(x, kind))
+    same(quantise.quantise_blocks(x, kind, transposed=True), quantise_blocks_reference(x.t(), kind))
     for found, expected in zip(quantise.quantise_both(x, kind), quantise_both_reference(x, kind), strict=True):
         same(found, expected)
 

@@ -18,7 +18,8 @@ TYPES = {
     ("name", "constants", "num_warps"),
     [
         ("_rows", {"ROWS": quantise.ROWS, "COLUMNS": 128}, 4),
-        ("_blocks", {"SIDE": 128}, 8),
+        ("_blocks", {"SIDE": 128, "TRANSPOSED": False}, 8),
+        ("_blocks", {"SIDE": 128, "TRANSPOSED": True}, 8),
         ("_both", {"SIDE": 128}, 8),
     ],
 )
