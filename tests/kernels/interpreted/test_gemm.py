@@ -91,3 +91,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="valid:"):
         gemm(a, Quantised(normal(8, 256).to(a.values.dtype), torch.ones(8, 1)))
     assert gemm(Quantised(a.values[:0], a.scales[:0]), quantise_rows_reference(normal(8, 256))).shape == (0, 8)
+
+
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["blocks", "rows"])
+@pytest.mark.parametrize("backend", ["triton", "emulate"])
+def test_operation_is_registered_as_torch_wants(backend, in_blocks):
+    a = quantise_rows_reference(normal(20, 144))
+    b = (quantise_blocks_reference if in_blocks else quantise_rows_reference)(normal(24, 144, seed=1))
+    operation = torch.ops.lit_kernels.fp8_gemm.default
+    utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operation, (*a, *b, torch.bfloat16, in_blocks, backend), test_utils=utilities)
+    before = [one.clone() for one in (*a, *b)]  # test_schema compares its inputs, which torch cannot in FP8 on a CPU
+    found = operation(*a, *b, torch.float32, in_blocks, backend)
+    assert all(torch.equal(one.float(), old.float()) for one, old in zip((*a, *b), before, strict=True))
+    torch.testing.assert_close(found, gemm_reference(a, b, torch.float32), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from lit_kernels.fp8 import (
     quantise_both_reference,
     quantise_rows_reference,
 )
+from lit_kernels.quantise import quantise_blocks, quantise_both, quantise_rows
 
 quantise = pytest.importorskip("lit_kernels.gpu.quantise")
 SHAPES = [(128, 128), (256, 384), (100, 200), (1, 16), (130, 7)]
@@ -92,3 +93,41 @@ def test_scales_that_are_powers_of_two_are_never_too_small():
     assert (mantissa == 0.5).all()
     ratio = power.scales / float_.scales
     assert (ratio >= 1).all() and (ratio < 2).all()
+
+
+@pytest.mark.parametrize("shape", [(130, 200), (0, 128), (4, 0)], ids=str)
+def test_operations_are_registered_as_torch_wants(shape):
+    x = sample(shape) if 0 not in shape else torch.empty(shape, dtype=torch.bfloat16)
+    ops = torch.ops.lit_kernels
+    for op, arguments in (
+        (ops.quantise_rows, ("float",)),
+        (ops.quantise_blocks, ("float", False)),
+        (ops.quantise_blocks, ("power of two", True)),
+        (ops.quantise_both, ("float",)),
+    ):
+        torch.library.opcheck(op.default, (x, *arguments))
+
+
+def test_functions_take_the_kernels_when_asked_and_overwrite_everything(monkeypatch):
+    x = sample((130, 200))
+    expected = (
+        quantise_rows(x, "float", "torch"),
+        quantise_blocks(x, "float", "torch", transposed=True),
+        *quantise_both(x, "float", "torch"),
+    )
+    real, made = torch.Tensor.new_empty, []
+
+    def poisoned(*arguments, **settings):
+        made.append(real(*arguments, **settings).fill_(float("nan")))
+        return made[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    found = (
+        quantise_rows(x, "float", "triton"),
+        quantise_blocks(x, "float", "triton", transposed=True),
+        *quantise_both(x, "float", "triton"),
+    )
+    assert len(made) >= 8  # two of each
+    for one, right in zip(found, expected, strict=True):
+        same(one, right)
+        assert one.scales.stride() == right.scales.stride()
