@@ -42,6 +42,12 @@ def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, backen
     return _gemm(*a, *b, dtype, in_blocks, backend)
 
 
+def check_product(backend: str, device: torch.device) -> None:
+    """Raises what `gemm` would raise there of a product of any fitting shape."""
+    if backend != "emulate":
+        _chosen(backend, device, (BLOCK, BLOCK, BLOCK))
+
+
 def is_in_blocks(a: Quantised, b: Quantised) -> bool:
     """Whether `b` has scales of blocks, not of rows.
 
