@@ -1,7 +1,7 @@
 """Somebody else's Lightning project, a mixture of experts of transformers, gets two callbacks of lit_reason.
 
-    python examples/transformers_moe.py            # with them
-    python examples/transformers_moe.py --plain    # without: the same loss, more time and memory
+python examples/transformers_moe.py            # with them
+python examples/transformers_moe.py --plain    # without: the same loss, more time and memory
 """
 
 import argparse

@@ -3,6 +3,7 @@
     python scripts/bench_rl_step.py                      # 3 runs a side, alternating
     python scripts/bench_rl_step.py --sweep              # first look for each side's best settings (10 minutes)
     python scripts/bench_rl_step.py --only lit           # this side alone; no TRL environment needed
+    python scripts/bench_rl_step.py --only experts       # ours with three ways of computing experts
     python scripts/bench_rl_step.py --hidden 256 --completion 128
 
 Prints tokens/s, the generate/train split and peak memory of both and the ratios, and writes
@@ -44,7 +45,16 @@ class Side:
     axes: dict[str, list[Any]]
 
 
-LIT = Side("lit_reason", "lit_side.py", {"micro_batch": 128}, {"micro_batch": [128, 32, 64, 256]})
+LIT = Side(
+    "lit_reason",
+    "lit_side.py",
+    {"micro_batch": 128, "experts": "batched"},
+    {"micro_batch": [128, 32, 64, 256], "experts": ["batched", "grouped"]},
+)
+# How the experts would be computed otherwise: a product each in a Python loop, as transformers' eager form does, and
+# grouped products.
+LIT_LOOP = Side("lit_loop", LIT.script, LIT.best | {"experts": "loop"}, {})
+LIT_GROUPED = Side("lit_grouped", LIT.script, LIT.best | {"experts": "grouped"}, {})
 TRL = Side(
     "trl",
     "trl_side.py",
@@ -86,7 +96,14 @@ TRL_DEFAULTS = Side(
     {},
 )
 SIDES = (LIT, TRL, TRL_MIXED, TRL_DEFAULTS)
-RATIOS = {TRL.name: "ratio_", TRL_MIXED.name: "ratio_to_mixed_", TRL_DEFAULTS.name: "ratio_to_defaults_"}
+OURS = (LIT, LIT_LOOP, LIT_GROUPED)
+RATIOS = {
+    TRL.name: "ratio_",
+    TRL_MIXED.name: "ratio_to_mixed_",
+    TRL_DEFAULTS.name: "ratio_to_defaults_",
+    LIT_LOOP.name: "ratio_to_loop_",
+    LIT_GROUPED.name: "ratio_to_grouped_",
+}
 
 
 def trl_python(environment: Path) -> Path:
@@ -180,7 +197,7 @@ def print_table(record: dict[str, Any]) -> None:
         ("train_s", "  everything else, s", 3),
         ("peak_rss_mib", "peak memory, MiB", 0),
     ]
-    sides = [side.name for side in SIDES if side.name in record["summary"]]
+    sides = [side.name for side in (*SIDES, *OURS[1:]) if side.name in record["summary"]]
     print(f"\n{'median (min .. max)':22}" + "".join(f"{name:>30}" for name in sides))
     for key, label, digits in rows:
         cells = (record["summary"][name][key] for name in sides)
@@ -196,7 +213,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Work]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes per side (3)")
     parser.add_argument("--sweep", action="store_true", help="find each side's best settings first")
-    parser.add_argument("--only", choices=["lit", "trl"], help="one side alone")
+    parser.add_argument("--only", choices=["lit", "trl", "experts"], help="one side alone, or ours by ways of experts")
     parser.add_argument("--name", help="the JSON's name (date and processor)")
     parser.add_argument("--trl-env", type=Path, default=ROOT / ".venv-trl", help="TRL's environment (.venv-trl)")
     for f in fields(Work):
@@ -210,8 +227,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Work]:
 
 def main() -> int:
     args, work = parse()
-    sides = [side for side in SIDES if args.only in (None, "lit" if side is LIT else "trl")]
-    pythons = {s.name: Path(sys.executable) if s is LIT else trl_python(args.trl_env) for s in sides}
+    sides = [side for side in SIDES if args.only in (None, "lit" if side is LIT else "trl")] or list(OURS)
+    pythons = {s.name: Path(sys.executable) if s in OURS else trl_python(args.trl_env) for s in sides}
     settings, trials = {s.name: s.best for s in sides}, {}
     if args.sweep:
         for side in sides:

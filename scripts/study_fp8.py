@@ -47,7 +47,7 @@ def draw(losses: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
     plot.tidy(loss, "loss (nats)", f"step (running means over {WARMUP // 2})")
     base = losses["bfloat16"]
     relative = {
-        arm: {s: [100 * (a - b) / b for a, b in zip(_smooth(c), _smooth(base[s]), strict=True)] for s, c in runs.items()}
+        arm: {seed: _percent_over(curve, base[seed]) for seed, curve in runs.items()}
         for arm, runs in losses.items()
         if arm != "bfloat16"
     }
@@ -57,6 +57,10 @@ def draw(losses: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
     plot.tidy(difference, "minus bfloat16's (%)", f"step (means over the last {TAIL})")
     loss.legend(fontsize=8, frameon=False)
     plot.save_svg(figure, path)
+
+
+def _percent_over(losses: Sequence[float], base: Sequence[float]) -> list[float]:
+    return [100 * (a / b - 1) for a, b in zip(_smooth(losses), _smooth(base), strict=True)]
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from lit_kernels.fp8 import Scales
+from lit_kernels.gemm import check_product
 from lit_kernels.linear import fp8_linear, unsupported
 from lit_kernels.swap import Swap
 from torch import Tensor, nn
@@ -29,8 +31,8 @@ class FP8Linear(Swapping):
     """Puts forward, input-gradient and weight-gradient products of `nn.Linear` layers into E4M3: activations and their
     gradients scaled 1 x 128, weights 128 x 128. Weights, gradients and optimizer state keep their dtype.
 
-    As in DeepSeek-V3 embeddings, output heads, gates, norms and the attention itself stay as they are: a layer with an
-    embedding's number of outputs or an embedding's weight counts as a head, and `keep` names the gates. Layers that are
+    As in DeepSeek-V3 embeddings, output heads, gates, norms and the attention itself stay as they are: a layer whose
+    weight has an embedding's shape counts as a head, and `keep` names the gates. Layers that are
     too small to gain from FP8 are declined. The report says which.
 
     Experts with stacked weights are no `nn.Linear`: `GroupedGEMM(precision="fp8")`.
@@ -64,6 +66,9 @@ class FP8Linear(Swapping):
         self.settings = {"backend": backend, "kind": scales}
         self.min_features, self.keep = min_features, tuple(keep)
 
+    def check(self, device: torch.device) -> None:
+        check_product(self.settings["backend"], device)
+
     def changes(self, model: nn.Module) -> Iterator[Change]:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         for name, module in model.named_modules():
@@ -76,7 +81,7 @@ class FP8Linear(Swapping):
 
     def _declined(self, name: str, module: nn.Linear, embeddings: Sequence[nn.Embedding]) -> str:
         N, K = module.weight.shape
-        if any(module.weight is e.weight or e.num_embeddings == N for e in embeddings):
+        if any(module.weight is e.weight or (e.num_embeddings, e.embedding_dim) == (N, K) for e in embeddings):
             return "an output head stays as it is"
         if matches(name, self.keep):
             return "keep names it"

@@ -40,8 +40,8 @@ class FusedLogProb(Swapping):
 
     Args:
         backend: `"auto"` (what was measured to be faster on this GPU), `"torch"`, `"triton"`.
-        heads: shell patterns of the heads' names, full or last part; empty: linear layers without a bias that have an
-            embedding's number of outputs.
+        heads: shell patterns of the heads' names, full or last part; empty: linear layers without a bias whose
+            weight has the shape of an embedding's.
 
     Example::
 
@@ -58,11 +58,11 @@ class FusedLogProb(Swapping):
         self.backend, self.heads = backend, tuple(heads)
 
     def changes(self, model: nn.Module) -> Iterator[Change]:
-        vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+        vocabularies = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            if matches(name, self.heads) if self.heads else module.out_features in vocabularies:
+            if matches(name, self.heads) if self.heads else tuple(module.weight.shape) in vocabularies:
                 if module.bias is not None:
                     yield Change(name, "it has a bias")
                 else:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_kernels.swap import Swap, put, take_off
@@ -82,6 +83,10 @@ class Swapping(Callback):
     def missing(self) -> str:
         """What was looked for and not found, and the fix."""
 
+    def check(self, device: torch.device) -> None:
+        """Refuses what cannot run there, before anything runs."""
+        return
+
     def apply(self, *models: nn.Module) -> SwapReport:
         """Swaps in the models, all or nothing.
 
@@ -110,6 +115,7 @@ class Swapping(Callback):
         self._undo = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.check(trainer.strategy.root_device)
         self._apply_to(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,9 @@
 """GRPO steps in lit_reason, timed: the shipped engine, loop, objective and module in a Lightning Trainer.
 
-Started by `bench_rl_step.py`. Setting: `micro_batch`, sequences per backward pass; accumulation makes every step one
-optimizer step on all sequences. Weights are float32, training is bf16 by autocast, generation runs on a bf16 copy.
+Started by `bench_rl_step.py`. Settings: `micro_batch`, sequences per backward pass; accumulation makes every step one
+optimizer step on all sequences. `experts`, how they are trained: "batched" (the model's own way), "grouped"
+(`GroupedGEMM`) or "loop" (one product after the other in Python). Weights are float32, training is bf16 by autocast,
+generation runs on a bf16 copy.
 """
 
 from __future__ import annotations
@@ -11,18 +13,24 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
+from lit_kernels.grouped import experts_reference
+from lit_kernels.swap import Swap
 from work import Clock, Work, peak_rss_mib, read_job, summarise, trivial_reward
 
 import lit_reason
 
 # The rival imports its trainer at the top as well: both sides' "after imports" figure holds every library.
+from lit_reason.callbacks import GroupedGEMM
+from lit_reason.callbacks.swapping import Change, swapped
 from lit_reason.data import ByteTokenizer, PromptCursor
 from lit_reason.loop import RolloutLoop, RoundShape, Stages
 from lit_reason.models import ModelConfig, Transformer
+from lit_reason.models.moe import Experts, Routing
 from lit_reason.modules import PolicyModule
 from lit_reason.objectives import Objective
 from lit_reason.optim import AdamW
@@ -134,6 +142,24 @@ def rollout_loop(work: Work, settings: dict[str, Any], policy: PolicyModule, clo
     )
 
 
+class Loop(GroupedGEMM):
+    """Experts one after the other."""
+
+    def changes(self, model: torch.nn.Module) -> Iterator[Change]:
+        for name, module in model.named_modules():
+            if isinstance(module, Experts):
+                yield swapped(name, module, "a loop", OneByOne)
+
+
+class OneByOne(Swap):
+    def forward(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
+        weights = (self.gate_up.bfloat16(), self.down.bfloat16())  # type: ignore[attr-defined]
+        return experts_reference(x_ND.bfloat16(), routing.experts_NK, routing.weights_NK, *weights)
+
+
+EXPERTS: dict[str, list[L.Callback]] = {"batched": [], "grouped": [GroupedGEMM()], "loop": [Loop()]}
+
+
 def main() -> None:
     work, settings, result = read_job()
     warnings.filterwarnings("ignore")
@@ -158,7 +184,7 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
-            callbacks=[StepClock(clock, loop.shape.micro_batches)],
+            callbacks=[StepClock(clock, loop.shape.micro_batches), *EXPERTS[settings["experts"]]],
         )
         trainer.fit(policy, loop)
     record = summarise(work, clock, rss_before) | {

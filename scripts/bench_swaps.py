@@ -1,0 +1,123 @@
+"""The stranger's project of examples/transformers_moe.py, as it is and with our callbacks: loss, step time, memory.
+
+    python scripts/bench_swaps.py                 # writes benchmarks/swaps/DATE-PROCESSOR.json
+
+Every side is a process of its own; sides alternate. Memory is the largest resident set above what the process held
+when the model was built. `eager` is transformers' loop over experts, `grouped_mm` its own grouped products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_rl_step import free_path, machine, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDES = {
+    "transformers, eager": ("eager", False),
+    "transformers, grouped_mm": ("grouped_mm", False),
+    "with callbacks": ("eager", True),
+}
+
+
+def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[str, Any]:
+    """Trains in this process. Losses of all steps; median seconds of a step after the first two."""
+    import lightning as L
+    import torch
+    from transformers import Qwen3MoeConfig
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    from transformers_moe import EXPERTS, SIZES, Project
+
+    from lit_reason.callbacks import FusedLogProb, GroupedGEMM
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+            self.losses: list[float] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.ends.append(time.perf_counter())
+            self.losses.append(float(trainer.callback_metrics["loss"]))
+
+    L.seed_everything(1, verbose=False)
+    project, clock = Project(Qwen3MoeConfig(**SIZES, **EXPERTS), experts), Clock()
+    data = torch.utils.data.DataLoader(torch.randint(SIZES["vocab_size"], (8 * steps, 512)), batch_size=8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    L.Trainer(
+        max_epochs=1,
+        precision=precision,  # type: ignore[arg-type]
+        accelerator="cpu",
+        callbacks=[clock, *([GroupedGEMM(), FusedLogProb()] if callbacks else [])],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+    ).fit(project, data)
+    seconds = [b - a for a, b in zip(clock.ends[1:], clock.ends[2:], strict=False)]
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"losses": clock.losses, "step_s": statistics.median(seconds), "memory_mib": peak}
+
+
+def measure(side: str, steps: int, precision: str) -> dict[str, Any]:
+    experts, callbacks = SIDES[side]
+    command = [sys.executable, __file__, "--side", experts, str(int(callbacks)), "--steps", str(steps)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    done = subprocess.run([*command, "--precision", precision], capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="processes per side (3)")
+    parser.add_argument("--steps", type=int, default=6, help="(6)")
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    parser.add_argument("--name", help="the JSON's name (date and processor)")
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(one_side(args.side[0], args.side[1] == "1", args.steps, args.precision)))
+        return 0
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for repeat in range(args.repeats):
+        for side in SIDES:
+            runs[side].append(found := measure(side, args.steps, args.precision))
+            print(f"run {repeat + 1}, {side}: {found['step_s']:.2f} s, {found['memory_mib']:.0f} MiB", flush=True)
+    summary: dict[str, Any] = {
+        side: {key: spread([run[key] for run in found]) for key in ("step_s", "memory_mib")}
+        for side, found in runs.items()
+    }
+    ours = runs["with callbacks"]
+    for side in list(SIDES)[:2]:
+        pairs = list(zip(ours, runs[side], strict=True))
+        summary[f"against {side}"] = {
+            "speed": spread([theirs["step_s"] / mine["step_s"] for mine, theirs in pairs]),
+            "memory": spread([mine["memory_mib"] / theirs["memory_mib"] for mine, theirs in pairs]),
+            "largest_loss_difference": max(
+                abs(a - b) / b for mine, theirs in pairs for a, b in zip(mine["losses"], theirs["losses"], strict=True)
+            ),
+        }
+    print(json.dumps(summary, indent=1))
+    record = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine(), "settings": vars(args)}
+    cpu = re.sub(r"\W+", "-", record["machine"]["cpu"].replace("(R)", "")).strip("-").lower()
+    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", ROOT / "benchmarks" / "swaps")
+    path.write_text(json.dumps({**record, "summary": summary, "runs": runs}, indent=1) + "\n")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
