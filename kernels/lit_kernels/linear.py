@@ -69,10 +69,12 @@ def fp8_linear(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     rows_MK = x.reshape(-1, K)
     M = len(rows_MK)
-    if backend != "emulate" and M % ALIGNED:  # of dw the M are what is summed over
-        rows_MK = F.pad(rows_MK, (0, 0, 0, -M % ALIGNED))
-    y_MN = _Linear.apply(rows_MK, weight, dtype, backend, kind)[:M]
-    return (y_MN if bias is None else y_MN + bias.to(dtype)).reshape(*x.shape[:-1], N)
+    padding = 0 if backend == "emulate" else -M % ALIGNED  # of dw the M are what is summed over
+    y_MN = _Linear.apply(F.pad(rows_MK, (0, 0, 0, padding)) if padding else rows_MK, weight, dtype, backend, kind)
+    if padding:
+        y_MN = y_MN[:M]
+    y = y_MN if x.dim() == 2 else y_MN.reshape(*x.shape[:-1], N)  # no view where none is needed: FSDP2 warns of them
+    return y if bias is None else y + bias.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
