@@ -29,7 +29,7 @@ def test_what_stays_as_deepseek_v3_keeps_it():
     assert set(report.changed) | set(report.declined) == linear
     assert report.declined == {"head": "an output head stays as it is"}
     parts = {name.split(".", 2)[2] for name in report.changed}
-    assert parts == {"attn.q", "attn.kv_a", "attn.kv_b", "attn.o", "ffn.gate_up", "ffn.down"} | {
+    assert parts == {"attn.q", "attn.kv_a", "attn.kv_b", "attn.out", "ffn.gate_up", "ffn.down"} | {
         "ffn.shared.gate_up",
         "ffn.shared.down",
     }
