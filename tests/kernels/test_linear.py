@@ -70,6 +70,7 @@ def test_dtypes():
         assert emulated(dtype=torch.float32)(x, w).dtype == torch.float32
     y, grad_x, grad_w, _ = gradients(emulated(), [x.bfloat16(), w, b], grad)
     assert (y.dtype, grad_x.dtype, grad_w.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert not torch.equal(grad_w, grad_w.bfloat16().float())  # rounded to the weight's dtype alone
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0,), (), (2, 0, 5)], ids=str)

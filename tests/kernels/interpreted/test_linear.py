@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from lit_kernels import linear
 from lit_kernels.linear import fp8_linear
 
 
@@ -47,3 +48,16 @@ def test_compiled_in_one_graph():
     found = gradients(inputs, grad, compiled, backend="triton")
     for one, right in zip(found, gradients(inputs, grad, backend="triton"), strict=True):
         assert torch.equal(one, right)
+
+
+def test_tma_and_cublas_can_address_every_operand(monkeypatch):
+    """Rows of a multiple of 16 bytes, also where they are as long as there are tokens."""
+    real, lengths = linear.gemm, []
+
+    def recorded(a, b, *arguments):
+        lengths.extend((a.values.shape[1], b.values.shape[1]))
+        return real(a, b, *arguments)
+
+    monkeypatch.setattr(linear, "gemm", recorded)
+    gradients(*problem(131), backend="triton")
+    assert lengths == [160, 160, 144, 144, 144, 144]  # K, N, and 131 tokens in 144
