@@ -54,7 +54,8 @@ def scales_of(amax: Tensor, kind: Scales) -> tuple[Tensor, Tensor]:
 def quantise_rows_reference(x_MK: Tensor, kind: Scales = "float") -> Quantised:
     """One scale per 128 neighbours of a row."""
     K = x_MK.shape[1]
-    blocks_MkB = F.pad(x_MK.float(), (0, -K % BLOCK)).unflatten(1, (-1, BLOCK))
+    padded = F.pad(x_MK.float(), (0, -K % BLOCK)) if K % BLOCK else x_MK.float()  # F.pad copies for nothing too
+    blocks_MkB = padded.unflatten(1, (-1, BLOCK))
     scale_Mk, inverse_Mk = scales_of(_size(blocks_MkB).amax(-1), kind)
     values = (blocks_MkB * inverse_Mk[..., None]).to(E4M3).flatten(1)[:, :K]
     return Quantised(values.contiguous(), scale_Mk.t().contiguous().t())
@@ -102,4 +103,4 @@ def gemm_reference(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat
 
 
 def _size(x: Tensor) -> Tensor:
-    return x.abs().nan_to_num(0.0, posinf=float("inf"))
+    return x.abs().nan_to_num_(0.0, posinf=float("inf"))
