@@ -8,23 +8,22 @@ Needs torch and triton only."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from bench.kernels_compare import Checks, closeness, same
 
 FLUSH = 1 << 30  # bytes
 COPIED = 1 << 30  # bytes of the copy whose bandwidth is the measure of others
 LEAST, MOST = 5, 60  # repetitions
-CHUNK = 1 << 26  # numbers whose float64 sums are made at a time
 OURS, COPY = "triton", "copy"  # names of sides
 
 Run = Callable[[], Any]
+Shape = tuple[int, ...]
 
 
 class Place(NamedTuple):
@@ -49,42 +48,74 @@ class Made:
 
     Attributes:
         sides: what is timed, by name; "triton" is ours, "torch" what `dispatch` would run instead of it.
+        reference: what the result of ours is compared with, by `check`; None: with nothing.
         bytes: that must move, every input read once and every result written once; 0 where arithmetic is the bound.
         flops: 2 M N K of every product.
-        against: a reference of ours: {name of a check: number or bool}.
-        memory: sides whose peak memory is measured too.
+        memory: whether peaks are measured too.
     """
 
     sides: dict[str, Run]
+    reference: Run | None = None
+    check: Callable[[Any, Any], Checks] = closeness
     bytes: int = 0
     flops: int = 0
-    against: Callable[[], dict[str, float | bool]] = dict
-    memory: tuple[str, ...] = ()
+    memory: bool = False
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A measurement that is yet to be made.
 
     Attributes:
         kind: which of its group's, e.g. "backward"; targets look for group and kind.
         make: `make(place, *shape)`.
-        op: of `dispatch`, if the sides "torch" and "triton" are its two ways at `dispatched` (default: `shape`); the
-            times of cases with one op and shape, e.g. forward and backward, are added up.
+        op: of `dispatch`, if the sides "torch" and "triton" are its two ways at `dispatched`; the times of cases with
+            one op and shape, e.g. forward and backward, are added up.
         judged: whether targets count it.
     """
 
     group: str
     kind: str
-    shape: tuple[int, ...]
+    shape: Shape
     make: Callable[..., Made]
     op: str = ""
-    dispatched: tuple[int, ...] = ()
+    dispatched: Shape = ()
     judged: bool = True
 
-    @property
-    def name(self) -> str:
-        return f"{self.group}, {self.kind}, {'x'.join(map(str, self.shape))}"
+    def row(self) -> dict[str, Any]:
+        """What is known before."""
+        row = {"group": self.group, "kind": self.kind, "shape": list(self.shape), "judged": self.judged, "sides": {}}
+        return row | ({"op": self.op, "dispatched": list(self.dispatched)} if self.op else {})
+
+
+class Kind(NamedTuple):
+    """Cases that differ in shape.
+
+    Attributes:
+        shapes: that targets judge.
+        more: for `dispatch`'s table, or as controls.
+        tiny: for --dry-run.
+        dispatched: the shape as `dispatch` gets it, of a case's.
+    """
+
+    name: str
+    make: Callable[..., Made]
+    op: str
+    shapes: Sequence[Shape]
+    more: Sequence[Shape]
+    tiny: Shape
+    dispatched: Callable[..., Shape] = lambda *shape: shape
+
+    def cases(self, group: str, dry: bool) -> list[Case]:
+        shapes = [self.tiny] if dry else [*self.shapes, *self.more]
+        return [
+            Case(group, self.name, shape, self.make, self.op, self.dispatched(*shape), dry or shape in self.shapes)
+            for shape in shapes
+        ]
+
+
+def ways(run: Callable[[str], Any], ours: str) -> dict[str, Run]:
+    """`run(backend)` by ours and by torch."""
+    return {OURS: lambda: run(ours), "torch": lambda: run("torch")}
 
 
 def measure(case: Case, place: Place, seconds: float) -> dict[str, Any]:
@@ -98,79 +129,80 @@ def measure(case: Case, place: Place, seconds: float) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     made = case.make(place, *case.shape)
-    sides, moved = dict(made.sides), dict.fromkeys(made.sides, made.bytes)
+    sides, row = dict(made.sides), case.row()
     if made.bytes:
-        sides[COPY], moved[COPY] = copying(place), 2 * _copied(place)
-    row = {"group": case.group, "kind": case.kind, "shape": list(case.shape), "judged": case.judged}
-    if case.op:
-        row |= {"op": case.op, "dispatched": list(case.dispatched or case.shape)}
-    found = warm_up(sides, place)
-    times = interleaved({name: sides[name] for name, first in found.items() if isinstance(first, float)}, place, seconds)
-    row["sides"] = {name: {"error": first} for name, first in found.items() if isinstance(first, str)}
-    row["sides"] |= {name: _side(ms, moved[name], made.flops if name != COPY else 0) for name, ms in times.items()}
-    for name in made.memory:
-        if name in times:
+        sides[COPY] = copying(place)
+    for name, run in sides.items():
+        row["sides"][name] = {"error": error} if (error := warmed_up(name, run, place)) else {}
+    sides = {name: run for name, run in sides.items() if not row["sides"][name]}
+    for name, ms in interleaved(sides, place, seconds).items():
+        moved, flops = (2 * _copied(place), 0) if name == COPY else (made.bytes, made.flops)
+        row["sides"][name] = summary(ms, moved, flops)
+        if made.memory:
             row["sides"][name]["peak_mib"] = peak_memory(sides[name], place)
-    if OURS in times:
-        row["checks"] = {"repeats": same(sides[OURS](), sides[OURS]()), **made.against()}
+    if OURS in sides:
+        try:
+            row["checks"] = checks(made)
+        except Exception as error:  # such as a reference that does not fit the memory
+            row["checks"] = {"error": described(error)}
+            wait(place)
     return row
 
 
-def warm_up(sides: Mapping[str, Run], place: Place) -> dict[str, float | str]:
-    """Seconds of a run after two others, or the error."""
-    found: dict[str, float | str] = {}
-    for name, run in sides.items():
+def checks(made: Made) -> Checks:
+    """`repeats`: whether a second run has the same bits; and what `made.check` says."""
+    result = made.sides[OURS]()
+    found: Checks = {"repeats": same(result, made.sides[OURS]())}
+    return found | (made.check(result, made.reference()) if made.reference else {})
+
+
+def warmed_up(name: str, run: Run, place: Place) -> str:
+    """The error, if there is one. Raises RuntimeError if it took the GPU along."""
+    try:
+        for _ in range(3):
+            run()
+            wait(place)
+    except Exception as error:  # whatever it is, it is that side's result
         try:
-            for _ in range(3):
-                start = time.perf_counter()
-                run()
-                _wait(place)
-                found[name] = time.perf_counter() - start
-        except Exception as error:  # whatever it is, it is that side's result
-            found[name] = described(error)
-            try:
-                _wait(place)
-            except RuntimeError as dead:
-                raise RuntimeError(f"{name}: {found[name]}") from dead
-    return found
+            wait(place)
+        except RuntimeError as dead:
+            raise RuntimeError(f"{name}: {described(error)}") from dead
+        return described(error)
+    return ""
 
 
 def interleaved(sides: Mapping[str, Run], place: Place, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each repetition of each side, in turn."""
     start = time.perf_counter()
-    times = _round(sides, place, list(sides))
+    one_round(sides, place)
     took = time.perf_counter() - start
     repetitions = min(max(int(seconds / max(took, 1e-4)), LEAST), MOST) if place.is_gpu else 1
-    rounds = [_round(sides, place, list(sides)[:: (-1) ** i]) for i in range(repetitions)]
-    times = {name: [_milliseconds(one[name]) for one in rounds] for name in times}
-    return times
+    rounds = [one_round(dict(list(sides.items())[:: (-1) ** i]), place) for i in range(repetitions)]
+    return {name: [one[name] for one in rounds] for name in sides}
 
 
-def _round(sides: Mapping[str, Run], place: Place, order: list[str]) -> dict[str, Any]:
-    """One repetition of each. On a GPU pairs of events, read by `_milliseconds`."""
-    found = {}
-    flush = torch.empty(FLUSH if place.is_gpu else 1, dtype=torch.int8, device=place.device)
-    for name in order:
+def one_round(sides: Mapping[str, Run], place: Place) -> dict[str, float]:
+    """Milliseconds of each."""
+    if not place.is_gpu:
+        return {name: _on_cpu(run) for name, run in sides.items()}
+    events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in sides}
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=place.device)
+    for name, run in sides.items():
         flush.zero_()
-        if not place.is_gpu:
-            start = time.perf_counter()
-            sides[name]()
-            found[name] = 1e3 * (time.perf_counter() - start)
-            continue
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        sides[name]()
-        last.record()
-        found[name] = first, last
-    _wait(place)  # or Python runs ahead of the GPU by all repetitions, whose results then wait for their memory
-    return found
+        events[name][0].record()
+        run()
+        events[name][1].record()
+    wait(place)  # once a round: Python may run ahead of the GPU, by results that fit its memory
+    return {name: first.elapsed_time(last) for name, (first, last) in events.items()}
 
 
-def _milliseconds(one: Any) -> float:
-    return one if isinstance(one, float) else one[0].elapsed_time(one[1])
+def _on_cpu(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
-def _side(ms: list[float], moved: int, flops: int) -> dict[str, Any]:
+def summary(ms: Sequence[float], moved: int, flops: int) -> dict[str, Any]:
     median = statistics.median(ms)
     side: dict[str, Any] = {"ms": {"median": median, "min": min(ms), "max": max(ms)}, "repetitions": len(ms)}
     if moved:
@@ -182,7 +214,7 @@ def _side(ms: list[float], moved: int, flops: int) -> dict[str, Any]:
 
 def copying(place: Place) -> Run:
     """A copy whose bytes per second, read and written, are the copy bandwidth."""
-    source = torch.empty(_copied(place), dtype=torch.int8, device=place.device).random_()
+    source = torch.empty(_copied(place), dtype=torch.uint8, device=place.device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -195,11 +227,11 @@ def peak_memory(run: Run, place: Place) -> float:
     """MiB above what was allocated before, results included; 0 on a CPU."""
     if not place.is_gpu:
         return 0.0
-    _wait(place)
+    wait(place)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    _wait(place)
+    wait(place)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -209,55 +241,6 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def tensors(result: Any) -> list[Tensor]:
-    """Of nested tuples, in order."""
-    if isinstance(result, Tensor):
-        return [result]
-    return [one for part in result or () for one in tensors(part)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether all bits of two results are."""
-    ours, theirs = tensors(a), tensors(b)
-    return len(ours) == len(theirs) and all(_same(x, y) for x, y in zip(ours, theirs, strict=True))
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    chunks = zip(_chunks(x), _chunks(y), strict=True)
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in chunks)
-
-
-def closeness(result: Any, reference: Any) -> dict[str, float | bool]:
-    """Of the worst tensor: `diff` = 1 - 2<x,y> / (|x|^2 + |y|^2), `sqnr` = 10 log10(|x|^2 / |x - y|^2) dB of result y
-    and reference x. NaN where either has one."""
-    pairs = list(zip(tensors(result), tensors(reference), strict=True))
-    each = [_closeness(y, x) for y, x in pairs]
-    return {"diff": _worst(max, [one[0] for one in each]), "sqnr": _worst(min, [one[1] for one in each])}
-
-
-def _closeness(y: Tensor, x: Tensor) -> tuple[float, float]:
-    xx = yy = xy = error = 0.0
-    if x.shape != y.shape:
-        return math.nan, math.nan
-    for a, b in zip(_chunks(x), _chunks(y), strict=True):
-        a, b = a.double(), b.double()
-        sums = torch.stack([a @ a, b @ b, a @ b, (a - b) @ (a - b)]).tolist()
-        xx, yy, xy, error = (total + one for total, one in zip((xx, yy, xy, error), sums, strict=True))
-    if math.isnan(error):
-        return math.nan, math.nan
-    return 1 - 2 * xy / (xx + yy) if xx + yy else 0.0, 10 * math.log10(xx / error) if xx and error else math.inf
-
-
-def _worst(of: Callable[[list[float]], float], values: list[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else of(values)
-
-
-def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    return x.detach().contiguous().view(-1).split(CHUNK)
-
-
-def _wait(place: Place) -> None:
+def wait(place: Place) -> None:
     if place.is_gpu:
         torch.cuda.synchronize()
