@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
+from lit_kernels.logprobs import linear_logprobs
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_reason.models import CausalLM
 from lit_reason.modules.chunked import by_rows, row_chunk
-from lit_reason.modules.tiled import tiled_logprobs
 from lit_reason.types import PolicyBatch
 
 
@@ -39,7 +39,7 @@ def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperat
     """
     rows = row_chunk(head, states_MD)
     if rows < len(states_MD) and _is_plain(head):
-        return tiled_logprobs(states_MD, head.weight, target_M, temperature)
+        return linear_logprobs(states_MD, head.weight, target_M, temperature)
 
     def logprobs(states_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
         return chosen_logprobs(head(states_MD), target_M, temperature)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lit_kernels.logprobs import LARGE_TILE, TILE
 from torch import nn
 
-from lit_reason.modules import chunked, tiled
+from lit_reason.modules import chunked
 from lit_reason.modules.chunked import by_rows, row_chunk
 
 
@@ -24,7 +25,7 @@ def test_a_vocabulary_above_the_limit_goes_row_by_row(monkeypatch):
 
 
 def test_a_tile_is_within_the_limit():
-    assert all(R * C <= chunked.LOGITS for R, C in (*tiled.TILE.values(), tiled.LARGE_TILE))
+    assert all(R * C <= chunked.LOGITS for R, C in (*TILE.values(), LARGE_TILE))
 
 
 def test_each_chunk_is_computed_again_and_only_then():

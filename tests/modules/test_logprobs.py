@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from lit_kernels.logprobs import TILE
 from torch import nn
 
-from lit_reason.modules import chunked, tiled
+from lit_reason.modules import chunked
 from lit_reason.modules.logprobs import chosen_logprobs, head_logprobs
 
 
@@ -122,7 +123,7 @@ def head_step(head, dtype=torch.float64, temperature=0.7):
 def few_logits(monkeypatch):
     """At most 100 of the 1200 logits at once: rows of 2, or tiles of 7 by 12, both ragged at the end."""
     monkeypatch.setattr(chunked, "LOGITS", 100)
-    monkeypatch.setitem(tiled.TILE, "cpu", (7, 12))
+    monkeypatch.setitem(TILE, "cpu", (7, 12))
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -141,7 +142,7 @@ def test_few_logits_at_a_time_give_the_same(request, largest_tensor, kind):
 
 def test_only_the_plain_head_bypasses_its_forward(few_logits, monkeypatch):
     calls = []
-    monkeypatch.setattr("lit_reason.modules.logprobs.tiled_logprobs", lambda *args: calls.append(args) or (0, 0))
+    monkeypatch.setattr("lit_reason.modules.logprobs.linear_logprobs", lambda *args: calls.append(args) or (0, 0))
     states, target = torch.zeros(30, 4, dtype=torch.float64), torch.zeros(30, dtype=torch.long)
     for kind, make in HEADS.items():
         calls.clear()

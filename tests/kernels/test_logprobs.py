@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from lit_kernels.dispatch import UnsupportedError
+from lit_kernels.logprobs import TILE, linear_logprobs, linear_logprobs_reference
 from torch.autograd import gradcheck
-
-from lit_reason.modules import tiled
-from lit_reason.modules.logprobs import chosen_logprobs
-from lit_reason.modules.tiled import tiled_logprobs
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(tiled.TILE, "cpu", (3, 4))
+    monkeypatch.setitem(TILE, "cpu", (3, 4))
 
 
 def inputs(M=7, V=11, D=5, dtype=torch.float64):
@@ -20,10 +18,6 @@ def inputs(M=7, V=11, D=5, dtype=torch.float64):
     states, weight = (2 * torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (M, V))
     target = torch.randint(0, V, (M,), generator=draw)
     return states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target
-
-
-def whole(states, weight, target, temperature):
-    return chosen_logprobs(torch.nn.functional.linear(states, weight), target, temperature)
 
 
 def weighted(outputs, weights):
@@ -36,7 +30,7 @@ def weighted(outputs, weights):
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, -0.3)])
 def test_as_of_whole_logits(temperature, weights):
     found = []
-    for function in (tiled_logprobs, whole):
+    for function in (linear_logprobs, linear_logprobs_reference):
         states, weight, target = inputs()
         outputs = function(states, weight, target, temperature)
         weighted(outputs, weights).backward()
@@ -48,15 +42,17 @@ def test_as_of_whole_logits(temperature, weights):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradients_against_differences(temperature):
     states, weight, target = inputs()
-    assert gradcheck(lambda x, w: tiled_logprobs(x, w, target, temperature), (states, weight))
+    assert gradcheck(lambda x, w: linear_logprobs(x, w, target, temperature), (states, weight))
 
 
 @pytest.mark.parametrize("frozen", ["states", "weight"])
 def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen):
     states, weight, target = inputs()
-    expected = torch.autograd.grad(weighted(whole(states, weight, target, 1.0), (1, 1)), (states, weight))
+    expected = torch.autograd.grad(
+        weighted(linear_logprobs_reference(states, weight, target, 1.0), (1, 1)), (states, weight)
+    )
     (states if frozen == "states" else weight).requires_grad_(False)
-    weighted(tiled_logprobs(states, weight, target, 1.0), (1, 1)).backward()
+    weighted(linear_logprobs(states, weight, target, 1.0), (1, 1)).backward()
     got, other = (weight, states) if frozen == "states" else (states, weight)
     assert other.grad is None
     torch.testing.assert_close(got.grad, expected[frozen == "states"], atol=1e-12, rtol=1e-12)
@@ -67,24 +63,24 @@ def test_logits_of_any_size():
     states = torch.eye(3, requires_grad=True)
     weight = torch.tensor([[0.0, 900.0, -900.0]] * 4 + [[-300.0, 0.0, -1500.0]] * 4 + [[200.0, 0.0, -990.0]])
     target = torch.tensor([0, 0, 8])
-    got = tiled_logprobs(states, weight, target, 1.0)
-    torch.testing.assert_close(got, whole(states, weight, target, 1.0), atol=1e-4, rtol=1e-5)
+    got = linear_logprobs(states, weight, target, 1.0)
+    torch.testing.assert_close(got, linear_logprobs_reference(states, weight, target, 1.0), atol=1e-4, rtol=1e-5)
     sum(got).sum().backward()
     assert states.grad.isfinite().all()
 
 
 def test_a_target_that_is_no_token_shows():
     states, weight, _ = inputs(M=2)
-    assert tiled_logprobs(states, weight, torch.tensor([-100, 11]), 1.0)[0].isnan().all()
+    assert linear_logprobs(states, weight, torch.tensor([-100, 11]), 1.0)[0].isnan().all()
 
 
 def test_autocast_products_are_bfloat16_and_all_else_float32():
     """The error against float64 is at most that of whole bfloat16 logits, but for the order of their sums."""
     found = {}
     for name, function, dtype in (
-        ("exact", whole, torch.float64),
-        ("whole", whole, torch.float32),
-        ("tiled", tiled_logprobs, torch.float32),
+        ("exact", linear_logprobs_reference, torch.float64),
+        ("whole", linear_logprobs_reference, torch.float32),
+        ("tiled", linear_logprobs, torch.float32),
     ):
         states, weight, target = inputs(M=64, V=50, D=32, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
@@ -101,6 +97,37 @@ def test_a_bfloat16_weights_gradient_is_rounded_once():
     """683 row tiles whose shares have one sign: a running bfloat16 sum would stop growing at 256 shares."""
     states = torch.ones(2048, 1, dtype=torch.bfloat16)
     weight = torch.zeros(6, 1, dtype=torch.bfloat16, requires_grad=True)
-    tiled_logprobs(states, weight, torch.zeros(2048, dtype=torch.long), 1.0)[0].sum().backward()
+    linear_logprobs(states, weight, torch.zeros(2048, dtype=torch.long), 1.0)[0].sum().backward()
     exact = 2048 * torch.tensor([5 / 6] + [-1 / 6] * 5)  # one-hot less p, summed over the rows
     torch.testing.assert_close(weight.grad.float().squeeze(1), exact, rtol=2**-7, atol=0)
+
+
+def test_log_probs_are_never_positive():
+    """Where one token has all the probability, and the normaliser is that token's logit but for its rounding."""
+    states, weight, _ = inputs(M=64, V=9, D=6, dtype=torch.float32)
+    target = (states @ weight.T).argmax(1)
+    for temperature in (1.0, 0.1, 1e-3):
+        logprob, entropy = linear_logprobs(states, weight, target, temperature)
+        assert (logprob <= 0).all() and (entropy >= 0).all() and (logprob > -1e-6).any()
+
+
+def test_no_rows():
+    states, weight, target = inputs(M=0)
+    outputs = linear_logprobs(states, weight, target)
+    assert [out.shape for out in outputs] == [(0,), (0,)]
+    sum(outputs).sum().backward()
+    assert states.grad.shape == (0, 5) and not weight.grad.any()
+
+
+def test_what_does_not_fit_is_refused():
+    states, weight, target = inputs()
+    with pytest.raises(ValueError, match=r"got states \(7, 5\), weight \(11, 4\), targets \(7,\); valid: \(M, D\)"):
+        linear_logprobs(states, weight[:, :4], target)
+    with pytest.raises(ValueError, match="targets"):
+        linear_logprobs(states, weight, target[:6])
+    with pytest.raises(ValueError, match=r"got a weight \(0, 5\).*at least one row"):
+        linear_logprobs(states, weight[:0], target)
+    with pytest.raises(ValueError, match="valid: auto, torch, triton"):
+        linear_logprobs(states, weight, target, backend="cuda")
+    with pytest.raises(UnsupportedError, match="Type backend='auto' or backend='torch'"):
+        linear_logprobs(states, weight, target, backend="triton")
