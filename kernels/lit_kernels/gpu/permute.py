@@ -36,7 +36,7 @@ def _spread(x, place, owned, rows, S, D, K: tl.constexpr, EACH: tl.constexpr, CO
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.load(x + n * D + d, mask=d < D, other=0.0)
     for k in tl.static_range(K):
-        s = tl.load(place + n * K + k)
+        s = tl.load(place + n * K + k).to(tl.int64)
         tl.store(rows + s * D + d, row, mask=(s >= 0) & (d < D))
     _clear(rows, owned, S, D, d, EACH)
 
@@ -54,7 +54,7 @@ def _spread_quantised(
     quantised = (tile * inverse[:, None]).to(tl.float8e4nv)
     there = block * BLOCK < D
     for k in tl.static_range(K):
-        s = tl.load(place + n * K + k)
+        s = tl.load(place + n * K + k).to(tl.int64)
         tl.store(values + s * D + d, quantised, mask=(s >= 0) & (d < D))
         tl.store(scales + block.to(tl.int64) * S + s, scale, mask=(s >= 0) & there)
     _clear(values, owned, S, D, d, EACH)
@@ -71,7 +71,7 @@ def _collect(rows, place, weights, out, D, K: tl.constexpr, WEIGHTED: tl.constex
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(K):
-        s = tl.load(place + n * K + k)
+        s = tl.load(place + n * K + k).to(tl.int64)
         row = tl.load(rows + s * D + d, mask=(s >= 0) & (d < D), other=0.0).to(tl.float32)
         total += row * tl.load(weights + n * K + k).to(tl.float32) if WEIGHTED else row
     tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
@@ -84,7 +84,7 @@ def _collect_backward(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, CHOICES)
-    s = tl.load(place + n * K + k, mask=k < K, other=-1)
+    s = tl.load(place + n * K + k, mask=k < K, other=-1).to(tl.int64)
     weight = tl.load(weights + n * K + k, mask=k < K, other=0.0).to(tl.float32)
     products = tl.zeros((CHOICES, COLUMNS), tl.float32)
     for start in range(0, D, COLUMNS):
@@ -144,7 +144,7 @@ def unpermute_backward(grad_ND: Tensor, rows_SD: Tensor, place_NK: Tensor, weigh
     _collect_backward[(N,)](
         grad_ND.contiguous(), rows_SD.contiguous(), place_NK.contiguous(), weights_NK.contiguous(),
         _owned(place_NK, S), grad_rows, grad_weights, S, D,
-        K, triton.next_power_of_2(K), triton.cdiv(S, N), COLUMNS,
+        K, triton.next_power_of_2(K), triton.cdiv(S, N), COLUMNS // 2,
     )  # fmt: skip
     return grad_rows, grad_weights
 

@@ -1,4 +1,4 @@
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false
 # (the language inside a kernel is not Python, and a kernel is launched by kernel[grid](...))
 """Triton kernels of RMSNorm; `rms_norm.py` says what they compute.
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from lit_kernels.fp8 import BLOCK, E4M3
 from lit_kernels.gpu.quantise import _scales
 
-TILE = 4096  # numbers of a program, where a row has fewer
+TILE = 4096  # numbers of a program, where a row has fewer: 32 for each thread of 4 warps
+TILE_BACKWARD = 2048  # 16 for each thread, which keeps three such tiles
 PROGRAMS = 264  # of a backward: two for each multiprocessor of an H100
 
 
@@ -64,8 +65,9 @@ def _backward(grad, x, gain, out, sums, M, D, eps, ROWS: tl.constexpr, COLUMNS: 
     d = tl.arange(0, COLUMNS)
     gain_ = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # Stages: the next rows are on their way, into shared memory, while these are summed.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=3):
+        m = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (m[:, None] < M) & (d[None, :] < D)
         grad_ = tl.load(grad + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         normal, factor = _normal(x, m, d, inside, D, eps)
@@ -106,7 +108,7 @@ def rms_norm_backward(grad_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float)
     """The gradients of x and of the gain."""
     M, D = x_MD.shape
     out = x_MD.new_empty(M, D)
-    rows, columns, num_warps = _tile(D)
+    rows, columns, num_warps = _tile(D, TILE_BACKWARD)
     P = min(PROGRAMS, triton.cdiv(M, rows)) if D else 0
     sums_PD = x_MD.new_empty(P, D, dtype=torch.float32)
     if P:
@@ -117,7 +119,8 @@ def rms_norm_backward(grad_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float)
     return out, sums_PD.sum(0).to(gain_D.dtype)
 
 
-def _tile(D: int) -> tuple[int, int, int]:
-    """Rows, columns (powers of two, whole blocks) and warps of a program."""
+def _tile(D: int, size: int = TILE) -> tuple[int, int, int]:
+    """Rows, columns (powers of two, whole blocks) and warps of a program of `size` numbers, or of one longer row."""
     columns = max(triton.next_power_of_2(D), BLOCK)
-    return max(TILE // columns, 1), columns, min(max(columns // 1024, 4), 16)
+    rows = max(size // columns, 1)
+    return rows, columns, 4 * max(columns // size, 1)
