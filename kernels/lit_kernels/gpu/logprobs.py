@@ -203,7 +203,7 @@ def backward(
 
 
 def _chunks(M: int, V: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Columns, and room for their gradient: `BUFFER` bytes (or 128 columns), rows of a stride that suits the library."""
+    """Columns, and room for their gradient: `BUFFER` bytes (or 128 columns), rows of a stride the library likes."""
     C = min(max(BUFFER // max(M * like.element_size(), 1) // 128 * 128, 128), triton.cdiv(V, 128) * 128)
     room_MC = like.new_empty(M, C)
     for start in range(0, V if M else 0, C):
