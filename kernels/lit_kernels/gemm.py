@@ -83,7 +83,7 @@ def missing_for_torch(device: torch.device, N: int, K: int) -> str:
 
 def _chosen(backend: str, device: torch.device, shape: tuple[int, int, int]) -> str:
     """ "torch" or "triton"; see `gemm`."""
-    without_torch, without_triton = missing_for_torch(device, *shape[1:]), _missing_for_triton(device)
+    without_torch, without_triton = missing_for_torch(device, *shape[1:]), missing_for_triton_fp8(device)
     choice = choose("fp8_gemm", backend, device, shape)
     if backend == "auto":
         choice = choice if choice.backend == "triton" or not without_torch else choice._replace(backend="triton")
@@ -95,7 +95,8 @@ def _chosen(backend: str, device: torch.device, shape: tuple[int, int, int]) -> 
     return choice.backend
 
 
-def _missing_for_triton(device: torch.device) -> str:
+def missing_for_triton_fp8(device: torch.device) -> str:
+    """Why Triton has no FP8 product there; empty if it has."""
     if not (reason := missing_for_triton(device)) and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < WITH_FP8:

@@ -4,7 +4,7 @@ Shapes: B rows, T positions, M targets that count, V vocabulary, D width."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from lit_kernels.logprobs import linear_logprobs
@@ -14,6 +14,15 @@ from torch.autograd.function import once_differentiable
 from lit_reason.models import CausalLM
 from lit_reason.modules.chunked import by_rows, row_chunk
 from lit_reason.types import PolicyBatch
+
+
+@runtime_checkable
+class HasLogprobs(Protocol):
+    """A head that goes from states to log-probs itself."""
+
+    def logprobs(self, states_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """`chosen_logprobs` of its logits."""
+        ...
 
 
 def token_logprobs(
@@ -35,8 +44,10 @@ def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperat
     """`chosen_logprobs` of the head's logits, which never exist for more than `chunked.LOGITS` elements at once.
 
     Where more are asked for, a bias-free linear layer's are made tile by tile, any other head's some rows at a time;
-    the backward pass makes them again.
+    the backward pass makes them again. A head that knows how (`FusedLogProb`) is asked for log-probs instead.
     """
+    if isinstance(head, HasLogprobs):
+        return head.logprobs(states_MD, target_M, temperature)
     rows = row_chunk(head, states_MD)
     if rows < len(states_MD) and _is_plain(head):
         return linear_logprobs(states_MD, head.weight, target_M, temperature)

@@ -76,7 +76,7 @@ def one_form(form: str, in_blocks: bool) -> Callable[..., Made]:
             "triton": lambda: gemm(a, b, backend="emulate"),
             "torch.mm": lambda: torch.mm(x, w.t()),
         }
-        if place.is_gpu:
+        if place.product == "triton":
             from lit_kernels.gpu import gemm as kernels
 
             sides["triton"] = lambda: kernels.gemm(a, b, form=form)  # type: ignore[arg-type]

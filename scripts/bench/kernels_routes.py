@@ -35,7 +35,7 @@ def permute_only(place: Place, N: int, C: int, E: int, D: int) -> Made:
         "triton": lambda: x.index_select(0, token_S),
         "unfused": lambda: x.index_select(0, token_S),
     }
-    if place.is_gpu:
+    if place.ours == "triton":
         sides["triton"] = lambda: torch.ops.lit_kernels.permute(x, place_NC)
     return Made(sides, sides["unfused"], exact, bytes=2 * (N + N * C) * D)
 
@@ -60,7 +60,7 @@ def permute_and_quantise(place: Place, N: int, C: int, E: int, D: int) -> Made:
         "triton": lambda: permute_quantised(x, experts_NC, E, backend=ours).rows,
         "unfused": lambda: quantise_rows(x.index_select(0, token_S), backend=ours),
     }
-    if place.is_gpu:
+    if place.ours == "triton":
         sides["triton"] = lambda: torch.ops.lit_kernels.permute_quantised(x, place_NC, "float")
     return Made(sides, sides["unfused"], exact, bytes=int(N * D * 2 + N * C * D * (1 + SCALE)))
 

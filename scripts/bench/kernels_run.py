@@ -7,6 +7,7 @@ Needs torch and triton only."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,3 +69,4 @@ def _child(theirs: Connection, cases: Cases, group: str, dry: bool, seconds: flo
             theirs.send({"error": described(error)})
             return
         theirs.send(row)
+        gc.collect()  # a case may leave little room for the next

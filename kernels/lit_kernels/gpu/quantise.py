@@ -45,6 +45,8 @@ def _rows(x, values, scales, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.con
 def _blocks(
     w, values, scales, N, K, stride_w, SIDE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
+    e = tl.program_id(2).to(tl.int64)  # the matrix, of several that lie one behind the other
+    w, values, scales = w + e * N * stride_w, values + e * N * K, scales + e * tl.num_programs(0) * tl.num_programs(1)
     n = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     k = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     inside = (n[:, None] < N) & (k[None, :] < K)
