@@ -108,8 +108,8 @@ class LazyLogits(Tensor):
         weight_VD = self.head.weight_VD
         if weight_VD.numel() and not weight_VD.untyped_storage().size():
             raise RuntimeError(
-                "the head's weight was freed before its logits were read: FSDP2 does it after the forward pass of a "
-                "module of its own. Type fully_shard(model), with no fully_shard(model.lm_head) before it"
+                "the head's weight was freed before its logits were read, as FSDP2 does after a forward pass. Type "
+                "fully_shard(..., reshard_after_forward=False) for the module that holds the head"
             )
         if (self.head.version, self.version) != (_version(weight_VD), _version(self.states)):
             raise RuntimeError(
@@ -277,7 +277,9 @@ def _cross_entropy(
     dtype = torch.float32 if narrow and torch.is_autocast_enabled(kind) else input.dtype
     states_ND, target_N = input.states.reshape(-1, input.states.shape[-1]), target.reshape(-1)
     counts_N = target_N != ignore_index
-    own = {"dtype": head.product} if head.product != input.states.dtype or head.product in HALVES else {"enabled": False}
+    own = (
+        {"dtype": head.product} if head.product != input.states.dtype or head.product in HALVES else {"enabled": False}
+    )
     with torch.autocast(kind, **own), torch.set_grad_enabled(input.tracked and torch.is_grad_enabled()):
         logprob_M, _ = linear_logprobs(states_ND[counts_N], head.weight_VD, target_N[counts_N], backend=head.backend)
     if logprob_M.requires_grad:
