@@ -61,7 +61,7 @@ def permute_reference(x_ND: Tensor, experts_NK: Tensor, E: int) -> Permuted:
 
 def unpermute_reference(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """sum_k weight_k * row_k in float32, of rows' dtype."""
-    picked_NKD = rows_SD.index_select(0, place_NK.flatten().clamp(min=0)).float().unflatten(0, place_NK.shape)
+    picked_NKD = rows_SD.index_select(0, place_NK.flatten().clamp(min=0)).unflatten(0, place_NK.shape)
     picked_NKD = picked_NKD.masked_fill((place_NK < 0)[..., None], 0)  # not by the weight: 0 * NaN
     return (picked_NKD * weights_NK.float()[..., None]).sum(1).to(rows_SD.dtype)
 
