@@ -33,7 +33,7 @@ class Largest(TorchDispatchMode):
 def llama(**changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=V, **sizes, **changes)).double().train()
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=V, **sizes, **changes)).train()
 
 
 def step(model, ids):
@@ -56,10 +56,10 @@ def test_transformers_loss_and_gradients_without_logits(tied, monkeypatch):
     callback = FusedLogProb()
     assert list(callback.apply(model).changed) == ["lm_head"]
     loss, found, elements = step(model, ids)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
     assert elements <= 2 * V * 16 < 4 * 31 * V <= plain_elements  # the weight and its gradient are the largest
     callback.undo()
     assert type(model.lm_head) is nn.Linear
