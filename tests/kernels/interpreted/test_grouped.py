@@ -32,7 +32,8 @@ def per_expert(counts):
 
 
 def error(found, exact):
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+    found, exact = found.detach().double(), exact.detach()
+    return float((found - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 @pytest.fixture
