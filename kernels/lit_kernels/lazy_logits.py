@@ -4,13 +4,13 @@
     F.cross_entropy(logits[:, :-1].float().reshape(-1, V), labels.flatten())  # by linear_logprobs: no (N, V) tensor
     logits.argmax(-1)                                                         # computed here, and kept
 
-Nothing is computed to tell shape, dtype and the like, to select or arrange rows, to widen to float32, to detach, and for
-the cross-entropy of token indices (no class weights, no smoothing). Anything else computes the logits, as they were when
-they were made (autocast, gradients), keeps them, and goes on with a plain tensor.
+Nothing is computed to tell shape, dtype and the like, to select or arrange rows, to widen to float32, to detach, and
+for the cross-entropy of token indices (no class weights, no smoothing). Anything else computes the logits, as they were
+when they were made (autocast, gradients), keeps them, and goes on with a plain tensor.
 
 Autograd sees what plain logits show it: `requires_grad`, and a `grad_fn` that leads to states and weight. What looks
-below `__torch_function__` (an autograd function's `apply`, as of DDP's sink or of full backward hooks) gets the numbers,
-and its gradient finds its way.
+below `__torch_function__` (an autograd function's `apply`, as of DDP's sink or of full backward hooks) gets the
+numbers, and its gradient finds its way.
 
 Traps:
 - A target outside 0 .. V-1 that is not ignored gives NaN, where plain logits raise.
@@ -46,6 +46,7 @@ class _Head:
     weight_VD: Tensor
     backend: str
     product: torch.dtype  # of states @ weight.T
+    autocast: bool
     inference: bool
     version: int | None
     used: bool = False  # a slice was taken, or a loss
@@ -54,6 +55,11 @@ class _Head:
     def values(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.to(self.product), self.weight_VD.to(self.product)).to(dtype)
+
+    def add_hook(self, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+        handle = RemovableHandle(self.hooks)
+        self.hooks[handle.id] = hook
+        return handle
 
     def run_hooks(self, grad: Tensor) -> None:
         for hook in list(self.hooks.values()):
@@ -87,7 +93,8 @@ class LazyLogits(Tensor):
             got = f"states {tuple(states.shape)} {states.dtype}, weight {tuple(weight_VD.shape)} {weight_VD.dtype}"
             raise ValueError(f"got {got}; valid: (..., D) and (V, D) of one dtype, or autocast")
         product = torch.get_autocast_dtype(kind) if autocast else states.dtype
-        head = _Head(weight_VD, backend, product, torch.is_inference_mode_enabled(), _version(weight_VD))
+        inference = torch.is_inference_mode_enabled()
+        head = _Head(weight_VD, backend, product, autocast, inference, _version(weight_VD))
         return _lazy(states, head, product, torch.is_grad_enabled())
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -121,6 +128,8 @@ class LazyLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
+        if func is Tensor.register_hook and len(args) == 2 and _is_distributed(args[1]):
+            return args[0].head.add_hook(args[1])
         if isinstance(logits, LazyLogits) and logits.kept is None:
             if func in METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -174,6 +183,9 @@ def _lazy(states: Tensor, head: _Head, dtype: torch.dtype, tracked: bool) -> Laz
     assert isinstance(logits, LazyLogits)
     logits.states, logits.head, logits.tracked, logits.kept = states, head, tracked, None
     logits.version = _version(states)
+    with torch._C.DisableTorchFunctionSubclass():
+        if logits.requires_grad:
+            logits.register_hook(head.run_hooks)  # for a gradient that comes by `_Lazy`
     return logits
 
 
@@ -244,7 +256,7 @@ def _to(input: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("copy") or "memory_format" in kwargs:
         return NotImplemented
     kwargs.pop("copy", None)
-    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
     if layout is not None or (device is not None and torch.empty(0, device=device).device != input.device):
         return NotImplemented
     if dtype in (None, input.dtype):
@@ -277,10 +289,8 @@ def _cross_entropy(
     dtype = torch.float32 if narrow and torch.is_autocast_enabled(kind) else input.dtype
     states_ND, target_N = input.states.reshape(-1, input.states.shape[-1]), target.reshape(-1)
     counts_N = target_N != ignore_index
-    own = (
-        {"dtype": head.product} if head.product != input.states.dtype or head.product in HALVES else {"enabled": False}
-    )
-    with torch.autocast(kind, **own), torch.set_grad_enabled(input.tracked and torch.is_grad_enabled()):
+    cast = torch.autocast(kind, head.product if head.autocast else None, enabled=head.autocast)
+    with cast, torch.set_grad_enabled(input.tracked and torch.is_grad_enabled()):
         logprob_M, _ = linear_logprobs(states_ND[counts_N], head.weight_VD, target_N[counts_N], backend=head.backend)
     if logprob_M.requires_grad:
         logprob_M.register_hook(head.run_hooks)
@@ -290,14 +300,8 @@ def _cross_entropy(
     return -(logprob_M.mean() if reduction == "mean" else logprob_M.sum()).to(dtype)
 
 
-def _register_hook(self: LazyLogits, hook: Callable[[Tensor], Any]) -> Any:
-    if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
-        return NotImplemented
-    handle = RemovableHandle(self.head.hooks)
-    self.head.hooks[handle.id] = hook
-    with torch._C.DisableTorchFunctionSubclass():
-        Tensor.register_hook(self, self.head.run_hooks)  # for a gradient that comes by `_Lazy`
-    return handle
+def _is_distributed(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def _leaves_a_mark(func: Any) -> bool:
@@ -328,6 +332,5 @@ LAZY: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.detach: _detach,
     torch.detach: _detach,
-    Tensor.register_hook: _register_hook,
     F.cross_entropy: _cross_entropy,
 }

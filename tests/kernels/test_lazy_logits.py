@@ -312,12 +312,12 @@ def test_frozen_weights_and_second_derivatives():
     states, weight = inputs()
     losses()(LazyLogits(states, weight.detach())).backward()
     assert states.grad is not None and weight.grad is None
+    found = []
     for make in (LazyLogits, F.linear):
         states, weight = inputs()
         (first,) = torch.autograd.grad(make(states, weight).exp().sum(), states, create_graph=True)
-        found = torch.autograd.grad(first.square().sum(), (states, weight))
-        expected = found if make is LazyLogits else expected
-    assert all(map(torch.allclose, found, expected))
+        found.append(torch.autograd.grad(first.square().sum(), (states, weight)))
+    assert all(map(torch.allclose, *found))
 
 
 def test_a_changed_or_freed_weight_is_noticed():
@@ -339,12 +339,53 @@ def test_a_changed_or_freed_weight_is_noticed():
         lazy.argmax()
 
 
-def test_what_slices_would_not_see_is_refused():
-    for change in (lambda x: x.div_(2), lambda x: x.register_hook(print), lambda x: x.retain_grad()):
-        lazy = LazyLogits(*inputs())
-        losses()(lazy)
-        with pytest.raises(RuntimeError, match=r"would not see it. Type logits = logits.materialise\(\)"):
-            change(lazy)
+CHANGES = {
+    "in place": lambda x: x.div_(2),
+    "an operator": lambda x: x.__imul__(2),
+    "an item": lambda x: x.__setitem__(0, 0.0),
+    "a hook": lambda x: x.register_hook(print),
+    "its gradient": lambda x: x.retain_grad(),
+    "data": lambda x: setattr(x, "data", x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("take", [lambda x: x[1:], lambda x: F.cross_entropy(x, target((B,)))], ids=["slice", "loss"])
+def test_what_slices_would_not_see_is_refused(take, change):
+    logits = LazyLogits(*inputs(shape=(B,)))
+    take(logits)
+    with pytest.raises(RuntimeError, match=r"would not see it. Type logits = logits.materialise\(\)"):
+        change(logits)
+
+
+USES = {"a loss": losses(), "numbers": lambda x: x.exp().sum(), "past torch function": lambda x: Same.apply(x).sum()}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
+def test_hooks_of_torch_distributed_run_before_the_weight_is_needed(use, after):
+    """FSDP2 gathers the weight by one; here it is zeros until then."""
+    states, weight = inputs()
+    logits, calls = LazyLogits(states, weight), []
+
+    def gather(grad):
+        calls.append(states.grad)
+        return grad
+
+    gather.__module__ = "torch.distributed.fsdp"
+    if after:
+        total = use(logits)
+        handle, removed = logits.register_hook(gather), logits.register_hook(gather)
+    else:
+        handle, removed = logits.register_hook(gather), logits.register_hook(gather)
+        total = use(logits)
+    removed.remove()
+    total.backward(retain_graph=True)
+    assert calls and calls[0] is None and states.grad is not None
+    handle.remove()
+    calls.clear()
+    total.backward()
+    assert not calls
 
 
 def test_hooks_get_their_gradient():
@@ -368,11 +409,13 @@ def test_what_cannot_be_multiplied_is_refused():
 
 
 def test_inside_torch_compile_logits_are_plain():
+    labels = target().view(-1)
+
     def loss(states, weight):
-        return losses()(LazyLogits(states, weight))
+        return F.cross_entropy(LazyLogits(states, weight).view(-1, V), labels)
 
     found = []
-    for function in (torch.compile(loss, backend="eager"), loss):
+    for function in (torch.compile(loss, backend="eager", fullgraph=True), loss):
         states, weight = inputs()
         out = function(states, weight)
         out.backward()
