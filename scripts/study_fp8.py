@@ -25,11 +25,9 @@ from studies.runs import ROOT, Training, curve, run_missing, trained_by
 
 FOLDER = Path("runs/studies/fp8")
 COMMON = ("experiment=arith_from_scratch", "stages=[pretrain]", "callbacks.checkpoint.every_n_train_steps=1000000")
-POWER = ("kernels.fp8_linear.scales=power of two", "kernels.grouped_gemm.scales=power of two")
 ARMS: dict[str, tuple[str, ...]] = {
     "bfloat16": (),
     "FP8": ("kernels=fp8_emulated",),
-    "FP8, power-of-two scales": ("kernels=fp8_emulated", *POWER),
 }
 PAGE = "docs/studies/fp8.md"
 

@@ -96,6 +96,24 @@ def test_a_user_of_the_demo_meets_few_keys():
     assert len(set(met) - folders) <= 72
 
 
+@pytest.mark.parametrize("name", ["torch", "auto", "triton", "fp8", "fp8_emulated"])
+def test_kernels_are_callbacks_whose_settings_are_keys(name):
+    cfg = without_hydra(compose("train", [f"kernels={name}"]))
+    check_config(stage_config(cfg, "rl"))
+    nodes = OmegaConf.to_container(cfg.kernels)
+    assert (name == "torch") == (nodes == {})
+    assert {key: node["backend"] for key, node in nodes.items()} == {
+        "torch": {},
+        "auto": {"grouped_gemm": "auto", "fused_logprob": "auto"},
+        "triton": {"grouped_gemm": "triton", "fused_logprob": "triton"},
+        "fp8": {"grouped_gemm": "auto", "fused_logprob": "auto", "fp8_linear": "auto"},
+        "fp8_emulated": {"grouped_gemm": "emulate", "fused_logprob": "auto", "fp8_linear": "emulate"},
+    }[name]
+    if name.startswith("fp8"):
+        assert nodes["grouped_gemm"]["precision"] == "fp8"
+        assert compose("train", [f"kernels={name}", "kernels.fp8_linear.min_features=64"]).kernels.fp8_linear
+
+
 # The first three are in no YAML; of the fourth's two one is and one is not.
 @pytest.mark.parametrize(
     ("override", "wanted"),
