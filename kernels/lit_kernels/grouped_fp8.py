@@ -140,7 +140,8 @@ def quantise_by_expert_reference(
 def quantise_experts_reference(w_EFD: Tensor, kind: Scales = "float", transposed: bool = False) -> Quantised:
     """Blocks of every expert, (E, F, D) with scales (E, f, d); of the transposes if `transposed`."""
     each = [quantise_blocks_reference(w_FD.t() if transposed else w_FD, kind) for w_FD in w_EFD]
-    return Quantised(torch.stack([q.values for q in each]), torch.stack([q.scales for q in each]))
+    with torch.autocast(w_EFD.device.type, enabled=False):  # it would look for a common dtype, and knows no E4M3
+        return Quantised(torch.stack([q.values for q in each]), torch.stack([q.scales for q in each]))
 
 
 def _rows_of(ends: list[int]) -> list[slice]:
