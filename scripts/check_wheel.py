@@ -30,9 +30,9 @@ assert zoo.list_models(), "the zoo is empty"
 
 
 def expected_files() -> set[str]:
-    """Every Python file and YAML of the checkout under its name in the wheel."""
+    """Every Python file and YAML of the checkout under its name in the wheel, and the kernels' measured table."""
     python = [p.relative_to(ROOT) for p in (ROOT / "lit_reason").rglob("*.py") if "conf" not in p.parts]
-    kernels = [p.relative_to(ROOT / "kernels") for p in (ROOT / "kernels").rglob("*.py")]
+    kernels = [p.relative_to(ROOT / "kernels") for ext in ("py", "json") for p in (ROOT / "kernels").rglob(f"*.{ext}")]
     conf = [Path("lit_reason") / p.relative_to(ROOT) for p in (ROOT / "conf").rglob("*.yaml")]
     return {p.as_posix() for p in (*python, *kernels, *conf)}
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import kernels_record, kernels_report
 from studies import fp8, gdpo, learning
 
 from lit_reason.report.metrics import markdown_table
@@ -202,6 +203,11 @@ def drafts() -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """What the kernels are to reach, and what was measured."""
+    return kernels_report.markdown(kernels_record.records())
+
+
 def gdpo_table(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """A table of the study of GDPO."""
     return lambda: table(json.loads((ROOT / "benchmarks" / "studies" / "gdpo.json").read_text()))
@@ -210,7 +216,7 @@ def gdpo_table(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"metrics": markdown_table, "rl_step": newest_benchmark},
     "docs/mup.md": {"lr_transfer": lr_transfer, "coord": coordinate_check, "in_use": in_use, "balance": balance},
-    "benchmarks/README.md": {"drafts": drafts},
+    "benchmarks/README.md": {"drafts": drafts, "kernels": kernels},
     "docs/studies/gdpo.md": {name: gdpo_table(table) for name, table in gdpo.TABLES.items()},
     **{f"docs/studies/{name}.md": learning.tables(name) for name in learning.STUDIES},
 }

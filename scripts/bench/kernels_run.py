@@ -18,6 +18,8 @@ from bench.kernels_measure import CPU, GPU, Case, described, measure
 
 Cases = Callable[[str, bool], Sequence[Case]]  # of a group; tiny ones or not
 
+STARTING = 60.0  # seconds that a child may take more for its first case
+
 
 def rows_of(
     cases: Cases, group: str, dry: bool, seconds: float, limit: float, target: Callable[..., None] | None = None
@@ -26,7 +28,7 @@ def rows_of(
 
     Args:
         cases: a module's function, since a child imports it.
-        limit: seconds until a case counts as hanging; the first of a child has a minute more, to start.
+        limit: seconds until a case counts as hanging; the first of a child has `STARTING` more.
         target: what the child runs (tests).
     """
     todo, done = cases(group, dry), 0
@@ -36,7 +38,7 @@ def rows_of(
         child = context.Process(target=target or _child, args=(theirs, cases, group, dry, seconds, done), daemon=True)
         child.start()
         theirs.close()
-        extra, alive = 60.0, True
+        extra, alive = STARTING, True
         while alive and done < len(todo):
             started = time.perf_counter()
             row, alive = _answer(ours, limit + extra, child)

@@ -182,7 +182,7 @@ def checked(of: Callable[[Iterable[float]], float], key: str, groups: str, kinds
             side(row, OURS)
             if "error" in row.get("checks", {}):
                 raise Failed(f"{where(row)}, check: {row['checks']['error']}")
-        values = {f"{r['group']} {where(r)}": r["checks"][key] for r in found if key in r["checks"]}
+        values = {f"{r['group']} {where(r)}": r["checks"][key] for r in found if key in r.get("checks", {})}
         if not values:
             raise Unmeasured(f"no row of {groups.replace(',', ', ')}")
         return worst(of, values)

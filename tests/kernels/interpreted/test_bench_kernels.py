@@ -8,22 +8,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
-from bench.kernels_cases import GROUPS, cases  # noqa: E402
-from bench.kernels_measure import OURS, Place, measure  # noqa: E402
+from bench.kernels_cases import GROUPS, cases
+from bench.kernels_measure import Place, checks
 
 INTERPRETED = Place(torch.device("cpu"), "triton", "triton")
-CASES = {f"{case.group}, {case.kind}": case for group in GROUPS for case in cases(group, dry=True)}
+CASES = {f"{case.group}, {case.kind}": case for group in GROUPS if group != "ceilings" for case in cases(group, True)}
 WHOLE_LAYERS = ("moe",)  # two products behind each other: their differences add up
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ours_runs_and_is_right(name):
-    row = measure(CASES[name], INTERPRETED, seconds=0)
-    if CASES[name].group == "ceilings":
-        assert "copy" in row["sides"] or "bf16" in row["sides"]
-        return
-    assert "ms" in row["sides"][OURS], row["sides"][OURS]
-    checks = row["checks"]
-    assert checks["repeats"] and checks.get("exact", True)
-    assert checks.get("diff", 0) < (4e-3 if CASES[name].group in WHOLE_LAYERS else 1e-3)
-    assert checks.get("largest", 0) <= 0
+    torch.manual_seed(0)
+    case = CASES[name]
+    found = checks(case.make(INTERPRETED, *case.shape))
+    assert found["repeats"] and found.get("exact", True)
+    assert found.get("diff", 0) < (4e-3 if case.group in WHOLE_LAYERS else 1e-3)
+    assert found.get("largest", 0) <= 0
