@@ -52,10 +52,9 @@ def circumstances(commit: str = "") -> dict[str, Any]:
 
 def clocks() -> dict[str, Any]:
     """Of the GPU that torch takes, by nvidia-smi; empty where that is missing or says nothing."""
-    query = [f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
-    if torch.cuda.is_available() and (uuid := getattr(torch.cuda.get_device_properties(0), "uuid", None)):
-        query.append(f"--id=GPU-{uuid}")
-    found = _output(["nvidia-smi", *query]).splitlines()
+    query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
+    which = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else "--id=0"
+    found = (_output([*query, which]) or _output(query)).splitlines()
     return dict(zip(CLOCKS.values(), map(str.strip, found[0].split(",")), strict=False)) if found else {}
 
 

@@ -47,7 +47,7 @@ def rows_of(
             yield row | {"took_s": time.perf_counter() - started}
             done += 1
         child.kill()
-        child.join()
+        child.join(30)
 
 
 def _answer(ours: Connection, limit: float, child: Any) -> tuple[dict[str, Any], bool]:

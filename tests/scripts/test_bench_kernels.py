@@ -209,6 +209,78 @@ def test_a_side_that_fails_leaves_the_others(bench):
     assert set(got["sides"]) == {"triton", "torch", "copy"} and got["checks"]["diff"] == 0
 
 
+class Event:
+    """Of a GPU on which the first thing timed in a program takes 1 ms, the next 2 ms, and so on."""
+
+    clock = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.clock += 1
+        self.at = Event.clock
+
+    def elapsed_time(self, other):
+        assert other.at == self.at + 1  # nothing is timed around it
+        return float(other.at // 2)
+
+
+@pytest.fixture
+def gpu(bench, monkeypatch):
+    """A place that is called a GPU: the CPU, with CUDA's calls noted."""
+    calls = []
+
+    class Place(bench.measure.Place):
+        is_gpu = True
+
+    monkeypatch.setattr(Event, "clock", 0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
+    monkeypatch.setattr(bench.measure, "FLUSH", 16)
+    monkeypatch.setattr(bench.measure, "COPIED", 3_000_000)
+    return Place(torch.device("cpu"), "torch", "emulate"), calls
+
+
+def test_on_a_gpu_sides_take_turns_between_events(bench, gpu):
+    place, calls = gpu
+    order = []
+    sides = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench.measure.interleaved(sides, place, seconds=0)
+    assert order == list("ab" + "abba" * 2 + "ab")  # one round to see how long it takes, then the least number, 5
+    assert times == {"a": [3.0, 6.0, 7.0, 10.0, 11.0], "b": [4.0, 5.0, 8.0, 9.0, 12.0]}
+    assert calls == ["synchronize"] * 6
+
+
+def test_on_a_gpu_a_row_has_rates_of_the_median_and_peaks(bench, gpu):
+    def make(place, n):
+        x = torch.ones(n)
+        return bench.measure.Made({"triton": lambda: x + 1}, lambda: x + 1, bytes=4_000_000, flops=10**9, memory=True)
+
+    got = bench.measure.measure(bench.measure.Case("g", "k", (4,), make), gpu[0], 0)["sides"]
+    assert got["triton"]["ms"] == {"median": 7.0, "min": 3.0, "max": 11.0} and got["triton"]["repetitions"] == 5
+    assert got["triton"]["gb_per_s"] == pytest.approx(4e6 / 7e-3 / 1e9)
+    assert got["triton"]["tflop_per_s"] == pytest.approx(1e9 / 7e-3 / 1e12)
+    assert got["copy"]["ms"]["median"] == 8.0 and "tflop_per_s" not in got["copy"]
+    assert got["copy"]["gb_per_s"] == pytest.approx(2 * 3e6 / 8e-3 / 1e9)
+    assert got["triton"]["peak_mib"] == 4.0
+
+
+def test_a_side_that_takes_the_gpu_along_ends_the_case(bench, gpu, monkeypatch):
+    def fails():
+        def dead():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", dead)
+
+    case = bench.measure.Case("g", "k", (), lambda place: bench.measure.Made({"triton": fails}))
+    with pytest.raises(RuntimeError, match="triton: RuntimeError: CUDA error: an illegal memory access"):
+        bench.measure.measure(case, gpu[0], 0)
+
+
 def _crashing(theirs, cases, group, dry, seconds, first):
     """Answers the first case, hangs at the second, dies at the third, fails the fourth."""
     import os
