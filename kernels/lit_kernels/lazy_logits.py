@@ -66,6 +66,13 @@ class _Head:
             hook(grad)
 
 
+@dataclass
+class _Place:
+    """What logits share with their node in autograd's graph."""
+
+    changed: bool = False
+
+
 class LazyLogits(Tensor):
     """states @ weight.T, (..., V), once somebody looks; see above.
 
@@ -83,6 +90,7 @@ class LazyLogits(Tensor):
     tracked: bool
     version: int | None
     kept: Tensor | None
+    place: _Place
 
     def __new__(cls, states: Tensor, weight_VD: Tensor, backend: str = "auto") -> Any:
         if torch.compiler.is_compiling():
@@ -124,23 +132,30 @@ class LazyLogits(Tensor):
                 "computed. Read them before the optimiser's step, or type logits.materialise() in the training step"
             )
 
+    def mark(self, name: str) -> None:
+        """Something changes these logits and no others."""
+        if self.head.used:
+            raise RuntimeError(
+                f"{name} of logits that slices or a loss were taken from, which would not see it. "
+                "Type logits = logits.materialise() before these"
+            )
+        self.place.changed = True
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else kwargs.get("input")
         if func is Tensor.register_hook and len(args) == 2 and _is_distributed(args[1]):
             return args[0].head.add_hook(args[1])
-        if isinstance(logits, LazyLogits) and logits.kept is None:
-            if func in METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            if (known := LAZY.get(func)) and (out := known(*args, **kwargs)) is not NotImplemented:
-                return out
-            if logits.head.used and _leaves_a_mark(func):
-                raise RuntimeError(
-                    f"{func.__name__} of logits that slices or a loss were taken from, which would not see it. "
-                    "Type logits = logits.materialise() before these"
-                )
+        if isinstance(logits, LazyLogits):
+            if logits.kept is None:
+                if func in METADATA:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        return func(*args, **kwargs)
+                if (known := LAZY.get(func)) and (out := known(*args, **kwargs)) is not NotImplemented:
+                    return out
+            if _leaves_a_mark(func):
+                logits.mark(func.__name__)
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialise, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -157,14 +172,20 @@ class _Lazy(torch.autograd.Function):
     """The place of lazy logits in autograd's graph: only a gradient of all logits comes by."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight_VD: Tensor, product: torch.dtype, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight_VD: Tensor, product: torch.dtype, dtype: torch.dtype, place: _Place
+    ) -> Tensor:
         ctx.save_for_backward(states, weight_VD)
-        ctx.product = product
+        ctx.product, ctx.place = product, place
         shape = (*states.shape[:-1], len(weight_VD))
         return Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=states.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        if ctx.place.changed:
+            raise RuntimeError(
+                "these logits were changed in place, or hooked. Type logits = logits.materialise() before"
+            )
         states, weight_VD = ctx.saved_tensors
         grad_states = grad_weight = None
         with torch.autocast(states.device.type, enabled=False):
@@ -174,15 +195,16 @@ class _Lazy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_NV, states_ND = grad.reshape(-1, len(weight_VD)), states.reshape(-1, states.shape[-1])
                 grad_weight = (grad_NV.T @ states_ND.to(ctx.product)).to(weight_VD.dtype)
-        return grad_states, grad_weight, None, None
+        return grad_states, grad_weight, None, None, None
 
 
 def _lazy(states: Tensor, head: _Head, dtype: torch.dtype, tracked: bool) -> LazyLogits:
+    place = _Place()
     with torch.set_grad_enabled(tracked):
-        logits = _Lazy.apply(states, head.weight_VD, head.product, dtype)
+        logits = _Lazy.apply(states, head.weight_VD, head.product, dtype, place)
     assert isinstance(logits, LazyLogits)
     logits.states, logits.head, logits.tracked, logits.kept = states, head, tracked, None
-    logits.version = _version(states)
+    logits.version, logits.place = _version(states), place
     with torch._C.DisableTorchFunctionSubclass():
         if logits.requires_grad:
             logits.register_hook(head.run_hooks)  # for a gradient that comes by `_Lazy`
@@ -307,12 +329,10 @@ def _is_distributed(hook: Any) -> bool:
 def _leaves_a_mark(func: Any) -> bool:
     """Whether it changes a tensor instead of making another."""
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "__set__", "register_hook", "retain_grad") or name in IN_PLACE
+    in_place = name.endswith("_") and not name.endswith("__")  # `x *= 2` is mul_
+    return in_place or name in ("__setitem__", "__set__", "register_hook", "retain_grad")
 
 
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-IN_PLACE = {f"__i{name}__" for name in _OPERATORS}
 _PROPERTIES = (
     "shape dtype device layout ndim itemsize nbytes requires_grad grad grad_fn is_leaf retains_grad output_nr _base "
     "_version is_cpu is_cuda is_meta is_mps is_xpu is_mkldnn is_nested is_quantized is_sparse is_sparse_csr"

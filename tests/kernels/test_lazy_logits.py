@@ -202,11 +202,19 @@ def test_autocast_is_that_of_the_moment_when_they_were_made():
         loss.backward()
         found.append((loss, states.grad, weight.grad))
         assert logits.dtype == torch.bfloat16 and states.grad.dtype == torch.float32
-        logits = make(*inputs(torch.float32))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert logits[0].argmax().dtype == torch.int64 and logits.dtype == torch.float32
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)  # rounded to bfloat16, both
     same(found, atol=1e-2, rtol=1e-2)
     states, weight = inputs(torch.float32)
+    exact = losses()(F.linear(states, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses()(LazyLogits(states, weight)), losses()(F.linear(states, weight)))
+        lazy = LazyLogits(states.bfloat16(), weight)
+        assert lazy.dtype == torch.bfloat16
+    with torch.autocast("cpu", enabled=False):
+        lazy = LazyLogits(states, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lazy.dtype == torch.float32
+        torch.testing.assert_close(losses()(lazy), exact)
     with torch.autocast("cpu", torch.bfloat16):
         pair = LazyLogits(states, weight), F.linear(states, weight)
     assert torch.equal(pair[0].materialise(), pair[1])
@@ -286,6 +294,24 @@ def test_gradients_find_their_way_past_torch_function():
     same(both(lambda x: Same.apply(x.float()[:, 1:]).float().square(), torch.bfloat16), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_knows_no_torch_function_gets_the_numbers(dtype):
+    """As an extension in C++ would. Computed ones are taken."""
+
+    def exp(x):
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.exp()
+
+    same(both(exp, dtype), exact=True, atol=1e-12 if dtype == torch.float64 else 0.5, rtol=1e-2)
+    logits = LazyLogits(*inputs(dtype))
+    logits.argmax()
+    with torch.no_grad():
+        logits.materialise().zero_()
+    assert (exp(logits) == 1).all()
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="would change logits"):
+        LazyLogits(*inputs()).detach_().mul_(2)
+
+
 def test_gradients_are_those_of_where_they_were_made():
     states, weight = inputs()
     lazy = LazyLogits(states, weight)
@@ -351,11 +377,23 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("take", [lambda x: x[1:], lambda x: F.cross_entropy(x, target((B,)))], ids=["slice", "loss"])
-def test_what_slices_would_not_see_is_refused(take, change):
+@pytest.mark.parametrize("read", [True, False], ids=["read", "not read"])
+def test_what_slices_would_not_see_is_refused(take, change, read):
     logits = LazyLogits(*inputs(shape=(B,)))
     take(logits)
+    if read:
+        logits.argmax()
     with pytest.raises(RuntimeError, match=r"would not see it. Type logits = logits.materialise\(\)"):
         change(logits)
+
+
+@pytest.mark.parametrize("change", ["in place", "a hook", "its gradient"])
+def test_a_gradient_that_goes_round_a_change_is_refused(change):
+    logits = LazyLogits(*inputs())
+    CHANGES[change](logits)
+    logits.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"changed in place, or hooked\. Type"):
+        Same.apply(logits).sum().backward()
 
 
 USES = {"a loss": losses(), "numbers": lambda x: x.exp().sum(), "past torch function": lambda x: Same.apply(x).sum()}
