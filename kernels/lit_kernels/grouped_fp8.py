@@ -122,9 +122,7 @@ def blocks_by_expert(S: int, E: int) -> int:
     return (S + (BLOCK - 1) * (E + 1)) // BLOCK
 
 
-def quantise_by_expert_reference(
-    x_SD: Tensor, ends_E: Tensor, kind: Scales = "float"
-) -> tuple[Quantised, Quantised]:
+def quantise_by_expert_reference(x_SD: Tensor, ends_E: Tensor, kind: Scales = "float") -> tuple[Quantised, Quantised]:
     """Rows (S, D) with scales (S, d), and by expert (D, P) with scales (D, p). Rows of nobody, whatever they hold, and
     what is behind the last expert are zeros with the smallest scale."""
     (S, D), E = x_SD.shape, len(ends_E)

@@ -96,6 +96,37 @@ def test_a_choice_of_no_expert_counts_for_nothing():
     assert (found[2] == 0).all()
 
 
+@pytest.mark.parametrize("activation", [F.silu, torch.nn.PReLU(8, init=0.2)], ids=["silu", "one that learns"])
+def test_choices_of_nobody_and_what_an_activation_learns(activation):
+    """A dropped token's NaN stays its own; experts 1 and 4 are chosen by nobody, and get zeros."""
+    E, N, D, F_ = 5, 12, 16, 8
+    torch.manual_seed(3)
+    chosen = torch.tensor([0, 2, 3])[torch.rand(N, 3).topk(2).indices]
+    chosen[3, 0], chosen[5, 1], chosen[7] = -1, E, E + 1
+    x, weights = torch.randn(N, D), torch.rand(N, 2)
+    weights_of = [torch.randn(E, 2 * F_, D) / 4, torch.randn(E, D, F_) / 3]
+    results = []
+    for form, poison in ((experts, float("nan")), (experts_reference, 0.0)):
+        ours = [one.clone() for one in (x, weights, *weights_of)]
+        ours[0][7] = poison
+        leaves = [one.requires_grad_() for one in ours]
+        learnt = list(activation.parameters()) if isinstance(activation, torch.nn.Module) else []
+        out = form(leaves[0], chosen, *leaves[1:], activation)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [*leaves, *learnt])))
+    for found, right in zip(*results, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert (results[0][3][[1, 4]] == 0).all() and (results[0][4][[1, 4]] == 0).all()
+
+
+def test_experts_compile_on_a_cpu_as_they_run():
+    torch.manual_seed(4)
+    x, gate_up, down = (torch.randn(*shape).bfloat16() / 4 for shape in ((9, 16), (3, 16, 16), (3, 16, 8)))
+    chosen, weights = torch.randn(9, 3).topk(2).indices, torch.rand(9, 2)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    inputs = (x, chosen, weights, gate_up, down)
+    torch.testing.assert_close(compiled(*inputs), experts(*inputs), rtol=2e-2, atol=2e-3)
+
+
 def test_what_torch_would_refuse_is_said_first():
     x, w, ends = problem([8, 8, 8, 8], D=14)
     with pytest.raises(ValueError, match=r"D=14 of torch\.float32; valid: a multiple of 4"):

@@ -102,7 +102,9 @@ def _rows(
             if SCALED:
                 # As a vector, though it is one number: a scalar load has raced with the pipeline (tritonbench #1163).
                 one = (expert * tl.cdiv(N, TILE_K) + n0 // TILE_K) * steps + step + tl.zeros_like(m)
-                scale = tl.load(x_scales + tl.cast(step, tl.int64) * S + m, mask=mine, other=0.0) * tl.load(w_scales + one)
+                scale = tl.load(x_scales + tl.cast(step, tl.int64) * S + m, mask=mine, other=0.0) * tl.load(
+                    w_scales + one
+                )
                 total += tl.dot(x_tile, w_tile) * scale[:, None]
             else:
                 total = tl.dot(x_tile, w_tile, total, input_precision="ieee")

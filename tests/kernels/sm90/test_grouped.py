@@ -61,7 +61,13 @@ def test_weights(compiled, form):
 @pytest.mark.parametrize("form", grouped.FP8)
 def test_weights_of_fp8(compiled, form, out):
     launch, tma = grouped.FP8[form], form == "descriptors"
-    types = POINTER | {"grad": "*fp8e4nv", "x": "*fp8e4nv", "grad_scales": "*fp32", "x_scales": "*fp32", "out": f"*{out}"}
+    types = POINTER | {
+        "grad": "*fp8e4nv",
+        "x": "*fp8e4nv",
+        "grad_scales": "*fp32",
+        "x_scales": "*fp32",
+        "out": f"*{out}",
+    }
     if tma:
         types |= {"grad": tile("fp8e4nv", launch.m, launch.k), "x": tile("fp8e4nv", launch.n, launch.k)}
     sizes = {"GROUPS": GROUPS, "TILE_F": launch.m, "TILE_D": launch.n, "TILE_S": launch.k, "TMA": tma}
