@@ -17,7 +17,8 @@ Traps:
 - Logits are computed from the weight: once an optimiser has changed it, they are gone, and reading them raises.
 - A hook or a change in place would be lost on slices and losses that were made before it: it raises after the first.
   Hooks of torch.distributed (FSDP2 gathers weights by one) work, and run before the loss's backward pass needs them.
-- `torch.compile` cannot hold such a tensor: inside, plain logits are made.
+- `torch.compile` cannot hold such a tensor: inside, plain logits are made. So are those of sharded or quantised weights
+  (subclasses of tensors).
 
 Shapes: N rows, M of them count; V vocabulary, D width."""
 
@@ -78,7 +79,7 @@ class LazyLogits(Tensor):
 
     Args:
         states: (..., D).
-        weight_VD: the head's, a plain tensor; it may be freed and come back (FSDP2), but not change.
+        weight_VD: the head's; it may be freed and come back (FSDP2), but not change.
         backend: of `linear_logprobs`.
 
     Raises:
@@ -93,7 +94,8 @@ class LazyLogits(Tensor):
     place: _Place
 
     def __new__(cls, states: Tensor, weight_VD: Tensor, backend: str = "auto") -> Any:
-        if torch.compiler.is_compiling():
+        plain = type(states) is Tensor and type(weight_VD) in (Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or not plain:
             return F.linear(states, weight_VD)
         kind = states.device.type
         autocast = torch.is_autocast_enabled(kind) and states.dtype != torch.float64

@@ -56,7 +56,7 @@ def linear_logprobs(
     Trap: a target outside 0 .. V-1 gives NaN, where the indexing of whole logits would raise.
 
     Args:
-        target_M: integers.
+        target_M: int64.
 
     Raises:
         UnsupportedError: Triton was asked for where it cannot run, or for products of float64.

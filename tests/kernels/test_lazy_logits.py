@@ -446,6 +446,18 @@ def test_what_cannot_be_multiplied_is_refused():
         LazyLogits(states, weight.float())
 
 
+def test_logits_of_a_special_weight_are_its_own():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            args = [2 * x.as_subclass(torch.Tensor) if type(x) is cls else x for x in args]
+            return func(*args, **(kwargs or {}))
+
+    states, weight = inputs()
+    logits = LazyLogits(states, weight.detach().as_subclass(Doubled))
+    assert type(logits) is torch.Tensor and torch.equal(logits, F.linear(states, 2 * weight))
+
+
 def test_inside_torch_compile_logits_are_plain():
     labels = target().view(-1)
 
