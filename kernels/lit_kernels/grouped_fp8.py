@@ -125,7 +125,7 @@ def blocks_by_expert(S: int, E: int) -> int:
 def quantise_by_expert_reference(x_SD: Tensor, ends_E: Tensor, kind: Scales = "float") -> tuple[Quantised, Quantised]:
     """Rows (S, D) with scales (S, d), and by expert (D, P) with scales (D, p). Rows of nobody, whatever they hold, and
     what is behind the last expert are zeros with the smallest scale."""
-    (S, D), E = x_SD.shape, len(ends_E)
+    S, E = len(x_SD), len(ends_E)
     ends = ends_E.tolist()
     owned_SD = torch.arange(S, device=x_SD.device)[:, None] < ends[-1]
     x_SD = x_SD.masked_fill(~owned_SD, 0)
@@ -150,12 +150,12 @@ def _rows_of(ends: list[int]) -> list[slice]:
 def _by_expert(x: Tensor, ends: Tensor, kind: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend != "triton":
         rows, by_expert = quantise_by_expert_reference(x, ends, kind)  # type: ignore[arg-type]
-        return *rows, *by_expert
+        return rows.values, rows.scales, by_expert.values, by_expert.scales
     from lit_kernels.gpu import grouped_quantise
 
     blocks = blocks_by_expert(x.shape[0], ends.shape[0])
     rows, by_expert = grouped_quantise.quantise_by_expert(x, ends, blocks, kind)  # type: ignore[arg-type]
-    return *rows, *by_expert
+    return rows.values, rows.scales, by_expert.values, by_expert.scales
 
 
 @_by_expert.register_fake

@@ -28,9 +28,9 @@ def test_all_three_products_are_26_dB_over_their_error(counts, kind):
     tail = slice(int(ends[-1]), S)
     poisoned = x.clone()
     poisoned[tail] = float("nan")
-    ours = [one.requires_grad_() for one in (poisoned, w.clone())]
+    ours = poisoned.requires_grad_(), w.clone().requires_grad_()
     wide = [one.double().requires_grad_() for one in (x, w)]
-    out = fp8_grouped_mm(*ours, ends, backend="emulate", kind=kind)
+    out = fp8_grouped_mm(ours[0], ours[1], ends, backend="emulate", kind=kind)
     exact, start = [], 0
     for e, end in enumerate(ends.tolist()):
         exact.append(wide[0][start:end] @ wide[1][e].t())
@@ -38,11 +38,14 @@ def test_all_three_products_are_26_dB_over_their_error(counts, kind):
     exact = torch.cat(exact)
     out.backward(grad)
     exact.backward(grad[: tail.start].double())
-    pairs = ((out[: tail.start], exact), (ours[0].grad[: tail.start], wide[0].grad[: tail.start]))
-    for found, right in (*pairs, (ours[1].grad, wide[1].grad)):
+    dx, dw = (one.grad for one in ours)
+    right_dx, right_dw = (one.grad for one in wide)
+    assert dx is not None and dw is not None and right_dx is not None and right_dw is not None
+    pairs = ((out[: tail.start], exact), (dx[: tail.start], right_dx[: tail.start]))
+    for found, right in (*pairs, (dw, right_dw)):
         assert (found.double() - right).norm() / right.norm() < 10 ** (-26 / 20)
-    assert (out[tail] == 0).all() and (ours[0].grad[tail] == 0).all()
-    assert all((ours[1].grad[e] == 0).all() for e, count in enumerate(counts) if count == 0)
+    assert (out[tail] == 0).all() and (dx[tail] == 0).all()
+    assert all((dw[e] == 0).all() for e, count in enumerate(counts) if count == 0)
 
 
 def test_every_experts_rows_start_at_a_block_of_their_own():

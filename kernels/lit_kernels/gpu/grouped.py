@@ -260,7 +260,7 @@ def _check(a: Tensor, b: Tensor, summed: int, expected: int, ends_E: Tensor) -> 
         )
 
 
-def _form(form: Form, operands: tuple[Tensor, ...], rest: int = 0) -> str:
+def _form(form: Form, operands: tuple[Tensor, ...], rest: int = 0) -> Form:
     """`rest`: what is left of the summed dimension after whole steps, if a step may not reach behind it."""
     fits = not rest and all(
         x.element_size() < 4 and x.shape[-1] * x.element_size() % ALIGNED == 0 and x.data_ptr() % ALIGNED == 0
@@ -287,7 +287,7 @@ def _tiles(form: str, *operands: tuple[Tensor, tuple[int, int]]) -> list[Tensor 
 
 def _power(E: int) -> int:
     """Of two, with a place for nobody's rows."""
-    return triton.next_power_of_2(E + 1)
+    return 1 << E.bit_length()
 
 
 def _programs(tiles: int, device: torch.device) -> int:

@@ -48,7 +48,7 @@ def constants(launch, tma, **others):
 @pytest.mark.parametrize("form", grouped.PLAIN_WEIGHTS)
 def test_weights(compiled, form):
     launch, tma = grouped.PLAIN_WEIGHTS[form], form == "descriptors"
-    types = POINTER | {name: "*bf16" for name in ("grad", "x", "grad_tiles", "x_tiles")}
+    types = POINTER | dict.fromkeys(("grad", "x", "grad_tiles", "x_tiles"), "*bf16")
     if tma:
         types |= {"grad_tiles": tile("bf16", launch.k, launch.m), "x_tiles": tile("bf16", launch.k, launch.n)}
     sizes = {"TILE_F": launch.m, "TILE_D": launch.n, "TILE_S": launch.k, "TMA": tma}
