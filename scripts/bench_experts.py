@@ -54,9 +54,10 @@ FORMS: dict[str, Form] = {
 }
 
 
-def problem(E: int, N: int, K: int, D: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Leaves (x, weights, gate_up, down), chosen, and the output's gradient."""
+def problem(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of E, N, K, D, F: leaves (x, weights, gate_up, down), chosen, and the output's gradient."""
     torch.manual_seed(0)
+    E, N, K, D, width = sizes
     shapes = ((N, D), (N, K), (E, 2 * width, D), (E, D, width))
     leaves = [(torch.randn(shape) / 8).to(dtype).requires_grad_() for shape in shapes]
     chosen = (torch.randn((N, E)) + torch.randn(E) / 2).topk(K).indices
@@ -76,7 +77,7 @@ def timed(form: Form, leaves: list[Tensor], chosen: Tensor, grad: Tensor) -> tup
 
 
 def measure(sizes: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    leaves, chosen, grad = problem(*sizes, dtype)
+    leaves, chosen, grad = problem(sizes, dtype)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
     for repeat in range(repeats + 2):  # of which the first two are dropped
         for name, form in FORMS.items():
