@@ -10,6 +10,7 @@ as its original is. The new class comes first in the method resolution order: `s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -90,6 +91,21 @@ def take_off(module: nn.Module, swap: type[Swap]) -> bool:
         above.append(kind._swap)  # type: ignore[attr-defined]
         kind = under
     return False
+
+
+@contextmanager
+def all_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before any swap, for a while: not while another thread computes with it."""
+    swapped = [(module, type(module)) for module in model.modules() if "_swap" in vars(type(module))]
+    try:
+        for module, kind in swapped:
+            while "_swap" in vars(kind):
+                kind = kind._under  # type: ignore[attr-defined]
+            module.__class__ = kind
+        yield
+    finally:
+        for module, kind in swapped:
+            module.__class__ = kind
 
 
 def take_all_off(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lit_kernels.swap import ClaimedError, Swap, put, swaps_of, take_all_off, take_off
+from lit_kernels.swap import ClaimedError, Swap, all_off, put, swaps_of, take_all_off, take_off
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -58,6 +58,16 @@ def test_the_order_and_one_taken_from_below(layer):
     assert list(swaps_of(layer)) == [Outer, Times, Plus] and torch.equal(layer(X), -2 * (plain + 1))
     take_all_off(layer)
     assert type(layer) is nn.Linear
+
+
+def test_off_for_a_while(layer):
+    plain = layer(X)
+    put(layer, Times, by=3)
+    put(layer, Plus, one=1)
+    with pytest.raises(RuntimeError, match="on purpose"), all_off(layer):
+        assert type(layer) is nn.Linear and torch.equal(layer(X), plain)
+        raise RuntimeError("on purpose")
+    assert list(swaps_of(layer)) == [Plus, Times] and torch.equal(layer(X), 3 * plain + 1)
 
 
 def test_a_copy_is_swapped_by_itself(layer):
