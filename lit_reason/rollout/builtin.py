@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
+from lit_kernels.swap import all_off
 from torch import Tensor, nn
 
 from lit_reason.data.tokenizer import Tokenizer
@@ -128,14 +129,19 @@ class BuiltinEngine:
 
     @torch.inference_mode()
     def next_token(self, prompts: Sequence[Sequence[int]], top: int) -> list[NextToken]:
-        found = []
-        for ids in prompts:
-            ids_1T = torch.tensor([list(ids)], device=self.model.device)
-            cache = self.model.new_cache(1, len(ids))
-            logits_1V = self.model.prefill(ids_1T, torch.tensor([len(ids)], device=ids_1T.device), cache)
-            best = logits_1V[0].float().log_softmax(-1).topk(top)
-            found.append(NextToken(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), cached=0))
-        return found
+        with self._own_kernels():
+            return [self._next_token(ids, top) for ids in prompts]
+
+    def _next_token(self, ids: Sequence[int], top: int) -> NextToken:
+        ids_1T = torch.tensor([list(ids)], device=self.model.device)
+        cache = self.model.new_cache(1, len(ids))
+        logits_1V = self.model.prefill(ids_1T, torch.tensor([len(ids)], device=ids_1T.device), cache)
+        best = logits_1V[0].float().log_softmax(-1).topk(top)
+        return NextToken(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), cached=0)
+
+    def _own_kernels(self) -> AbstractContextManager[None]:
+        """What training has put into the policy is not for an engine that shares it, as it is not in a copy."""
+        return all_off(cast(nn.Module, self._model)) if self._shares else nullcontext()
 
     @torch.inference_mode()
     def generate(
@@ -164,10 +170,11 @@ class BuiltinEngine:
         meter = _Meter(len(prompts), progress)
         ids = [prompt.token_ids for prompt in prompts]
         try:
-            if self.speculative and sampling.temperature == 0:
-                rows = self._with_drafts(ids, limits, meter)
-            else:
-                rows = self._continuous(ids, limits, seeds, sampling, meter)
+            with self._own_kernels():
+                if self.speculative and sampling.temperature == 0:
+                    rows = self._with_drafts(ids, limits, meter)
+                else:
+                    rows = self._continuous(ids, limits, seeds, sampling, meter)
         finally:
             module.train(was_training)
         meter.end()

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from lit_kernels.swap import Swap, put
 
+from lit_reason.data import ByteTokenizer
 from lit_reason.errors import ConfigError, EngineDiedError, RolloutError, WeightSyncError
 from lit_reason.models import Base, ModelConfig, Transformer
 from lit_reason.models.export import checkpoint_tensors
 from lit_reason.models.lora import LoRA, merged_copy
+from lit_reason.rollout import BuiltinEngine
 from lit_reason.rollout.engine import Held, NextToken, Provable, held_as_is
 from lit_reason.sync import Proof, ProvenEngine
 from lit_reason.sync.proof import canaries_of
@@ -128,6 +131,23 @@ def test_a_right_push_raises_nothing_and_is_measured(model, engine, proven):
         assert proven.measured["sync/gap"] < 1e-6 and proven.measured["speed/proof_s"] > 0
         assert proven.version() == engine.number == version
         step(model)
+
+
+class Louder(Swap):
+    """A kernel of training that computes something else."""
+
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_of_training_are_no_fault_of_a_push(model, dtype):
+    """Neither for an engine that shares the policy (float32) nor for one with a copy, made after the swap."""
+    put(model.blocks[0].ffn.down, Louder)
+    engine = ProvenEngine(BuiltinEngine(ByteTokenizer(), dtype=dtype), proof_of(CANARIES))
+    engine.push(model, 0)
+    assert engine.measured["sync/gap"] < (1e-6 if dtype == "float32" else 0.02)
+    assert isinstance(model.blocks[0].ffn.down, Louder)
 
 
 def test_a_smallest_change_of_one_element_is_named(model, engine, proven):
