@@ -1,58 +1,119 @@
 """Pretraining in FP8 against bfloat16 at the same seed and data: docs/studies/fp8.md.
 
-    python scripts/study_fp8.py             # run what is missing, then write the results
-    python scripts/study_fp8.py --report    # write the results of finished runs
+    python scripts/study_fp8.py PATH/gsm8k/train.jsonl             # run what is missing, then write the results
 
-The shelf's model, its experiments' pretraining, with `kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block
-scales in all three products of every linear layer and expert; embedding, head, gates, norms and attention stay), at the
-speed of a CPU. The bound is DeepSeek-V3's: a relative difference of the loss below 0.25% (2412.19437 section 3.3).
-Written are benchmarks/studies/fp8_pretraining.json, docs/studies/fp8_pretraining.svg and the tables of the page.
+The shelf's model (conf/model/arith_1m.yaml) reads the questions and solutions of a JSONL file, byte by byte. FP8 is
+`kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block scales in all three products of every linear layer
+and expert; embedding, head, gates, norms and attention stay), at the speed of a CPU. A third arm is bfloat16 with
+other kernels (`kernels=auto`): how far rounding alone drives two runs apart. The bound is DeepSeek-V3's: a relative
+difference of the loss below 0.25% (2412.19437 section 3.3).
+
+Written are benchmarks/studies/fp8_pretraining.json, docs/studies/fp8_pretraining.svg and the table of the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import torch
 from readme_tables import fill
 from scaling.record import circumstances, new_figure, run, write_json
 from studies import plot
 from studies.fp8 import BOUND, RECORD, TAIL, WARMUP, pretraining_table, summary
-from studies.runs import ROOT, Training, curve, run_missing, trained_by
+from studies.runs import ROOT
 
-FOLDER = Path("runs/studies/fp8")
-COMMON = ("experiment=arith_from_scratch", "stages=[pretrain]", "callbacks.checkpoint.every_n_train_steps=1000000")
-ARMS: dict[str, tuple[str, ...]] = {
-    "bfloat16": (),
-    "FP8": ("kernels=fp8_emulated",),
-}
+from lit_reason.cli.build import build
+from lit_reason.cli.stages import commit
+from lit_reason.config.compose import compose
+from lit_reason.data import ByteTokenizer
+from lit_reason.models import Transformer
+from lit_reason.modules import PretrainModule
+from lit_reason.optim import AdamW
+from lit_reason.types import TokenBatch
+
+FOLDER = ROOT / "runs" / "studies" / "fp8"
+ARMS = {"bfloat16": "torch", "FP8": "fp8_emulated", "bfloat16, other kernels": "auto"}
+ROWS, LENGTH = 16, 128  # of a batch
 PAGE = "docs/studies/fp8.md"
 
 
-def training(arm: str, seed: int, steps: int) -> Training:
-    name = f"{arm.replace(', ', '-').replace(' ', '_')}-{steps}-{seed}"
-    return Training(name, (*COMMON, *ARMS[arm], f"pretrain.trainer.max_steps={steps}", f"seed={seed}"), "pretrain")
+class Losses(L.Callback):
+    """The loss of every step, and how long it will take."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["loss"]))
+        if (done := len(self.values)) % 20 == 0:
+            left = (time.perf_counter() - self.began) / done * (trainer.max_steps - done)
+            print(f"  step {done}/{trainer.max_steps}  loss {self.values[-1]:.4f}  {left:.0f} s left", flush=True)
 
 
-def draw(losses: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
+def batches(path: Path, seed: int, steps: int) -> list[TokenBatch]:
+    """Documents in an order of the seed's, packed end to end into rows; each row once."""
+    documents = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    tokenizer, generator = ByteTokenizer(), torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for i in torch.randperm(len(documents), generator=generator).tolist():
+        ids += [*tokenizer.encode(f"{documents[i]['question']}\n{documents[i]['answer']}\n"), tokenizer.stop_ids[0]]
+    needed = steps * ROWS * (LENGTH + 1)
+    if len(ids) < needed:
+        raise SystemExit(
+            f"{path} has {len(ids)} tokens, {needed} are needed. Type --steps {steps * len(ids) // needed}"
+        )
+    rows = torch.tensor(ids[:needed]).view(steps, ROWS, LENGTH + 1)
+    return [TokenBatch(row[:, :-1], row[:, 1:], torch.ones(ROWS, LENGTH)) for row in rows]
+
+
+def losses(path: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
+    """A run's losses and the code's commit; trained if that was not done before."""
+    found = FOLDER / f"{ARMS[arm]}-{path.stem}-{steps}-{seed}.json"
+    if not found.exists():
+        print(f"{arm}, seed {seed}", flush=True)
+        L.seed_everything(seed, verbose=False)
+        cfg = compose("train", ["model=arith_1m", f"kernels={ARMS[arm]}"])
+        module = PretrainModule(
+            Transformer(build(cfg, "model")), AdamW(lr=0.004, schedule="linear", warmup_steps=50, final_fraction=0.03)
+        )
+        seen, kernels = Losses(), list(build(cfg, "kernels").values()) if cfg.kernels else []
+        L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            callbacks=[seen, *kernels],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, batches(path, seed, steps))
+        write_json(found, {"losses": seen.values, "commit": commit()})
+    return json.loads(found.read_text())
+
+
+def draw(curves: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
     """Losses, and their relative difference over running means."""
     figure = new_figure(9, 3.2, "Pretraining in FP8 and in bfloat16")
     loss, difference = figure.subplots(1, 2)
-    plot.band(loss, losses, WARMUP // 2)
-    plot.tidy(loss, "loss (nats)", f"step (running means over {WARMUP // 2})")
-    base = losses["bfloat16"]
+    plot.band(loss, curves, WARMUP // 2)
+    plot.tidy(loss, "loss (nats per byte)", f"step (running means over {WARMUP // 2})")
+    base, *others = curves
     relative = {
-        arm: {seed: _percent_over(curve, base[seed]) for seed, curve in runs.items()}
-        for arm, runs in losses.items()
-        if arm != "bfloat16"
+        arm: {seed: _percent_over(curve, curves[base][seed]) for seed, curve in curves[arm].items()} for arm in others
     }
     plot.band(difference, relative, 1, plot.COLOURS[1:])
     for sign in (-1, 1):
         difference.axhline(sign * 100 * BOUND, color=plot.GREY, linewidth=0.8, linestyle="--")
-    plot.tidy(difference, "minus bfloat16's (%)", f"step (means over the last {TAIL})")
+    plot.tidy(difference, f"minus {base}'s (%)", f"steps after {WARMUP} (means over the last {TAIL})")
     loss.legend(fontsize=8, frameon=False)
     plot.save_svg(figure, path)
 
@@ -62,31 +123,28 @@ def _percent_over(losses: Sequence[float], base: Sequence[float]) -> list[float]
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    return [statistics.fmean(losses[max(0, end - TAIL) : end]) for end in range(WARMUP, len(losses) + 1)]
+    return [statistics.fmean(losses[max(WARMUP, end - TAIL) : end]) for end in range(WARMUP + 1, len(losses) + 1)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("text", type=Path, help="a JSONL file with question and answer, e.g. GSM8K's train.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("--steps", type=int, default=600, help="(600)")
+    parser.add_argument("--steps", type=int, default=520, help="(520)")
     args = parser.parse_args(argv)
-    trainings = {(arm, seed): training(arm, seed, args.steps) for seed in args.seeds for arm in ARMS}
-    if not args.report:
-        run_missing(list(trainings.values()), FOLDER)
-    if missing := [found.name for found in trainings.values() if not found.done(ROOT / FOLDER)]:
-        raise SystemExit(f"{len(missing)} trainings are not done ({missing[0]}, ...); type it without --report")
-    folders = {pair: ROOT / FOLDER / found.name / "pretrain" for pair, found in trainings.items()}
-    losses = {arm: {seed: curve(folders[arm, seed], "loss") for seed in args.seeds} for arm in ARMS}
+    if not args.text.is_file():
+        parser.error(f"{args.text} is no file; GSM8K's train.jsonl is at https://github.com/openai/grade-school-math")
+    runs = {(arm, seed): losses(args.text, arm, seed, args.steps) for seed in args.seeds for arm in ARMS}
+    curves = {arm: {seed: runs[arm, seed]["losses"] for seed in args.seeds} for arm in ARMS}
     record: dict[str, Any] = {
         **circumstances("cpu"),
-        "commits": sorted({trained_by(folder) for folder in folders.values()}),
-        "settings": {"seeds": args.seeds, "steps": args.steps, "common": COMMON, "arms": ARMS},
-        "summary": summary(losses),
-        "losses": losses,
+        "commits": sorted({found["commit"] for found in runs.values()}),
+        "settings": {"seeds": args.seeds, "steps": args.steps, "kernels": ARMS, "text": args.text.name},
+        "summary": summary(curves),
+        "losses": curves,
     }
     write_json(RECORD, record)
-    draw(losses, ROOT / "docs" / "studies" / "fp8_pretraining.svg")
+    draw(curves, ROOT / "docs" / "studies" / "fp8_pretraining.svg")
     (ROOT / PAGE).write_text(fill(PAGE, (ROOT / PAGE).read_text()))
     print(pretraining_table())
 

@@ -112,7 +112,7 @@ class _Merged(Mapping[str, Tensor]):
 
 
 def merged_copy(model: Model) -> Model:
-    """A copy of the plain architecture with the adapters folded in, all of it trainable again, no kernels swapped in."""
+    """A copy of the plain architecture, no kernels swapped in, adapters folded in, all of it trainable again."""
     plain = copy.deepcopy(model)
     take_all_off(plain)
     layers = adapted_layers(plain)
