@@ -28,6 +28,7 @@ from scaling.record import circumstances, new_figure, run, write_json
 from studies import plot
 from studies.fp8 import BOUND, RECORD, TAIL, WARMUP, pretraining_table, summary
 from studies.runs import ROOT
+from torch.utils.data import DataLoader
 
 from lit_reason.cli.build import build
 from lit_reason.cli.stages import commit
@@ -95,7 +96,7 @@ def losses(path: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(module, batches(path, seed, steps))
+        ).fit(module, DataLoader(batches(path, seed, steps), batch_size=None))  # type: ignore[arg-type]
         write_json(found, {"losses": seen.values, "commit": commit()})
     return json.loads(found.read_text())
 
@@ -110,10 +111,11 @@ def draw(curves: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
     relative = {
         arm: {seed: _percent_over(curve, curves[base][seed]) for seed, curve in curves[arm].items()} for arm in others
     }
-    plot.band(difference, relative, 1, plot.COLOURS[1:])
+    places = [range(WARMUP + 1, WARMUP + 1 + len(next(iter(runs.values())))) for runs in relative.values()]
+    plot.band(difference, relative, 1, plot.COLOURS[1:], places)
     for sign in (-1, 1):
         difference.axhline(sign * 100 * BOUND, color=plot.GREY, linewidth=0.8, linestyle="--")
-    plot.tidy(difference, f"minus {base}'s (%)", f"steps after {WARMUP} (means over the last {TAIL})")
+    plot.tidy(difference, f"minus {base}'s (%)", f"step (means over the last {TAIL}, from {WARMUP} on)")
     loss.legend(fontsize=8, frameon=False)
     plot.save_svg(figure, path)
 
@@ -132,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--steps", type=int, default=520, help="(520)")
     args = parser.parse_args(argv)
+    if args.steps < WARMUP + TAIL:
+        parser.error(f"--steps {args.steps}: valid: {WARMUP + TAIL} or more")
     if not args.text.is_file():
         parser.error(f"{args.text} is no file; GSM8K's train.jsonl is at https://github.com/openai/grade-school-math")
     runs = {(arm, seed): losses(args.text, arm, seed, args.steps) for seed in args.seeds for arm in ARMS}
