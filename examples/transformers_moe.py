@@ -40,6 +40,7 @@ if __name__ == "__main__":
     L.seed_everything(1)
     data = DataLoader(torch.randint(SIZES["vocab_size"], (8 * args.steps, 512)), batch_size=8)
     callbacks = [] if args.plain else [GroupedGEMM(), FusedLogProb()]
-    trainer = L.Trainer(max_epochs=1, precision="bf16-mixed", callbacks=callbacks, logger=False, accelerator="cpu")
+    quiet = {"logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_epochs=1, precision="bf16-mixed", accelerator="cpu", callbacks=callbacks, **quiet)
     trainer.fit(Project(Qwen3MoeConfig(**SIZES, **EXPERTS), args.experts), data)
     print("loss", trainer.callback_metrics["loss"].item())

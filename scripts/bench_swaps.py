@@ -2,8 +2,8 @@
 
     python scripts/bench_swaps.py                 # writes benchmarks/swaps/DATE-PROCESSOR.json
 
-Every side is a process of its own; sides alternate. Memory is the largest resident set above what the process held
-when the model was built. `eager` is transformers' loop over experts, `grouped_mm` its own grouped products.
+Every side is a process of its own; sides alternate. Memory is how far the largest resident set rose in training above
+its largest before. `eager` is transformers' loop over experts, `grouped_mm` its own grouped products.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     logits = LazyLogits(states, head.weight)                                  # (B, T, V), as head(states)
     F.cross_entropy(logits[:, :-1].float().reshape(-1, V), labels.flatten())  # by linear_logprobs: no (N, V) tensor
-    logits.argmax(-1)                                                         # computed here, and kept
+    logits.softmax(-1)                                                        # computed here, and kept
 
 Nothing is computed to tell shape, dtype and the like, to select or arrange rows, to widen to float32, to detach, and
-for the cross-entropy of token indices (no class weights, no smoothing). Anything else computes the logits, as they were
-when they were made (autocast, gradients), keeps them, and goes on with a plain tensor.
+for the cross-entropy of token indices (no class weights, no smoothing). The likeliest token is found some rows at a
+time. Anything else computes the logits, as they were when they were made (autocast, gradients), keeps them, and goes on
+with a plain tensor.
 
 Autograd sees what plain logits show it: `requires_grad`, and a `grad_fn` that leads to states and weight. What looks
 below `__torch_function__` (an autograd function's `apply`, as of DDP's sink or of full backward hooks) gets the
@@ -38,6 +39,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_kernels.logprobs import linear_logprobs
 
 HALVES = (torch.bfloat16, torch.float16)
+AT_ONCE = 2**22  # logits that exist together where only their largest is asked for
 
 
 @dataclass
@@ -292,6 +294,18 @@ def _detach(input: LazyLogits) -> Any:
     return _of(input, input.states.detach(), tracked=False)
 
 
+def _argmax(input: LazyLogits, dim: int | None = None, keepdim: bool = False) -> Any:
+    """Along the vocabulary, some rows at a time; computed and not kept."""
+    if dim is None or dim % input.dim() != input.dim() - 1:
+        return NotImplemented
+    input.check()
+    states_ND, V = input.states.detach().reshape(-1, input.states.shape[-1]), input.shape[-1]
+    parts = states_ND.split(max(AT_ONCE // max(V, 1), 1))
+    best_N = torch.cat([input.head.values(part, input.dtype).argmax(-1) for part in parts])
+    best = best_N.view(input.shape[:-1])
+    return best.unsqueeze(-1) if keepdim else best
+
+
 def _cross_entropy(
     input: LazyLogits,
     target: Any,
@@ -352,6 +366,8 @@ LAZY: dict[Any, Callable[..., Any]] = {
     Tensor.contiguous: _contiguous,
     Tensor.float: _float,
     Tensor.to: _to,
+    Tensor.argmax: _argmax,
+    torch.argmax: _argmax,
     Tensor.detach: _detach,
     torch.detach: _detach,
     F.cross_entropy: _cross_entropy,

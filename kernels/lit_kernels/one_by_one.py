@@ -21,12 +21,17 @@ from torch.autograd.function import once_differentiable
 from lit_kernels.permute import sort_by_expert
 
 
-def serves(device: torch.device, activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether `experts` may be computed here: a CPU, no compiler, no activation that learns."""
-    learns = isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters())
-    return device.type == "cpu" and not torch.compiler.is_compiling() and not learns
+def serves(device: torch.device, dtype: torch.dtype, activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether `experts` may be computed here: on a CPU, with an activation that is known to have nothing to learn; and
+    not where a compiler can have torch's grouped product, which it knows in bfloat16 alone."""
+    if torch.compiler.is_compiling() and dtype == torch.bfloat16:
+        return False
+    if isinstance(activation, nn.Module):
+        return device.type == "cpu" and not any(p.requires_grad for p in activation.parameters())
+    return device.type == "cpu" and activation in (F.silu, F.gelu, F.relu, torch.relu)
 
 
+@torch.compiler.disable  # a loop whose bounds are numbers of tokens
 def experts(
     x_ND: Tensor,
     experts_NK: Tensor,

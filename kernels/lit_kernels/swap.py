@@ -4,7 +4,8 @@
     take_off(layer, Faster)   and back
 
 So optimizers, DDP, FSDP2's `fully_shard` and whoever else holds the module notice nothing, and a deep copy is swapped
-as its original is. The new class comes first in the method resolution order: `super().forward` is what it replaces.
+as its original is. It cannot be pickled, and a parametrisation that was there before cannot be removed, until the swap
+is taken off. The new class comes first in the method resolution order: `super().forward` is what it replaces.
 """
 
 from __future__ import annotations

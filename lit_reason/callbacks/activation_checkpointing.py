@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lit_reason.callbacks.swapping import Change, Swapping, chosen_layers, no_layers, swapped
+from lit_reason.callbacks.swapping import (
+    Change,
+    Swapping,
+    chosen_layers,
+    no_layers,
+    patterns,
+    swapped,
+    without_cache,
+)
+from lit_reason.errors import ConfigError
 
 SMALL = 2**16  # bytes: below, a copy to the host costs more than the memory is worth
 
@@ -29,7 +38,7 @@ class Checkpointed(Swap):
         offload: bool = self.swap_settings[Checkpointed]["offload"]  # type: ignore[attr-defined]
 
         with _offloading() if offload else nullcontext():
-            return checkpoint(self.layer_forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(self.layer_forward, *args, use_reentrant=False, **without_cache(kwargs))
 
     def layer_forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self, nn.Module)
@@ -114,14 +123,22 @@ class ActivationCheckpointing(Swapping):
     """
 
     def __init__(self, layers: Sequence[str] = (), every: int = 1, offload: bool = False) -> None:
-        if every < 1:
-            raise ValueError(f"ActivationCheckpointing got every={every}; valid: a whole number of 1 or more")
-        self.layers, self.every, self.offload = tuple(layers), every, offload
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"ActivationCheckpointing got every={every!r}; valid: a whole number of 1 or more")
+        self.layers = patterns(type(self).__name__, "layers", layers)
+        self.every, self.offload = every, offload
+
+    def check(self, device: torch.device) -> None:
+        if self.offload and device.type != "cuda":
+            raise ConfigError(
+                f"ActivationCheckpointing got offload=True on a {device.type}: there is no other memory to offload to. "
+                "Type offload=False"
+            )
 
     def changes(self, model: nn.Module) -> Iterator[Change]:
         for i, (name, module) in enumerate(chosen_layers(model, self.layers)):
             if i % self.every:
-                yield Change(name, f"every={self.every} leaves it out")
+                yield Change(name, module, f"every={self.every} leaves it out")
             else:
                 what = "recomputed in the backward pass" + (", inputs on the host" if self.offload else "")
                 yield swapped(name, module, what, Checkpointed, offload=self.offload)

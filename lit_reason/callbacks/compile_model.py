@@ -9,7 +9,7 @@ import torch
 from lit_kernels.swap import Swap
 from torch import nn
 
-from lit_reason.callbacks.swapping import Change, Swapping, chosen_layers, no_layers, swapped
+from lit_reason.callbacks.swapping import Change, Swapping, chosen_layers, no_layers, patterns, swapped, without_cache
 
 
 class Compiled(Swap):
@@ -19,7 +19,10 @@ class Compiled(Swap):
     outermost = True  # a checkpoint is a part of what is compiled: called again outside, it would not be
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.swap_settings[Compiled]["run"](self, *args, **kwargs)  # type: ignore[attr-defined]
+        assert isinstance(self, nn.Module)
+        if self.training and torch.is_grad_enabled():
+            kwargs = without_cache(kwargs)
+        return self.swap_settings[Compiled]["run"](self, *args, **kwargs)  # type: ignore[index, operator]
 
 
 def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -52,14 +55,14 @@ class CompileModel(Swapping):
         dynamic: bool | None = None,
         fullgraph: bool = False,
     ) -> None:
-        self.layers = tuple(layers)
+        self.layers = patterns(type(self).__name__, "layers", layers)
         self.options: dict[str, Any] = {"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
 
     def changes(self, model: nn.Module) -> Iterator[Change]:
         run = torch.compile(_plain, **self.options)
         for name, module in chosen_layers(model, self.layers):
             if module._compiled_call_impl is not None:
-                yield Change(name, "it is compiled already")
+                yield Change(name, module, "it is compiled already")
             else:
                 yield swapped(name, module, "compiled", Compiled, run=run)
 

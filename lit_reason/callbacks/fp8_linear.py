@@ -11,11 +11,21 @@ from lit_kernels.gemm import check_product
 from lit_kernels.linear import fp8_linear, unsupported
 from lit_kernels.swap import Swap
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lit_reason.callbacks.swapping import Change, Swapping, matches, swapped
+from lit_reason.callbacks.swapping import (
+    HEADS,
+    Change,
+    Swapping,
+    matches,
+    output_heads,
+    patterns,
+    plain_forward,
+    swapped,
+)
 from lit_reason.errors import ConfigError
 
-KEPT = ("head", "lm_head", "score", "router", "gate", "*_gate")
+KEPT = (*HEADS, "score", "router", "gate", "*_gate", "*.lora_*")
 
 
 class FP8(Swap):
@@ -33,7 +43,7 @@ class FP8Linear(Swapping):
 
     As in DeepSeek-V3 embeddings, output heads, gates, norms and the attention itself stay as they are: a layer whose
     weight has an embedding's shape counts as a head, and `keep` names the gates. Layers that are
-    too small to gain from FP8 are declined. The report says which.
+    too small to gain from FP8, LoRA's matrices among them, are declined. The report says which.
 
     Experts with stacked weights are no `nn.Linear`: `GroupedGEMM(precision="fp8")`.
 
@@ -62,40 +72,35 @@ class FP8Linear(Swapping):
         min_features: int = 2048,
         keep: Sequence[str] = KEPT,
     ) -> None:
-        check_fp8(type(self).__name__, backend, scales)
+        check_fp8(type(self).__name__, backend, scales, min_features)
         self.settings = {"backend": backend, "kind": scales}
-        self.min_features, self.keep = min_features, tuple(keep)
+        self.min_features, self.keep = min_features, patterns(type(self).__name__, "keep", keep)
 
     def check(self, device: torch.device) -> None:
         check_product(self.settings["backend"], device)
 
     def changes(self, model: nn.Module) -> Iterator[Change]:
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        heads = output_heads(model)
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            if reason := self._declined(name, module, embeddings):
-                yield Change(name, reason)
+            if reason := "an output head stays as it is" if module in heads else self._declined(name, module):
+                yield Change(name, module, reason)
             else:
                 yield swapped(name, module, f"FP8, {self.settings['backend']}", FP8, **self.settings)
 
-    def _declined(self, name: str, module: nn.Linear, embeddings: Sequence[nn.Embedding]) -> str:
-        N, K = module.weight.shape
-        if any((e.num_embeddings, e.embedding_dim) == (N, K) for e in embeddings):
-            return "an output head stays as it is"
+    def _declined(self, name: str, module: nn.Linear) -> str:
         if matches(name, self.keep):
             return "keep names it"
-        if "forward" in vars(module) or plain_forward(module) is not nn.Linear.forward:
+        if plain_forward(module) is not nn.Linear.forward:
             return f"a {type(module).__name__} has a forward of its own"
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads its weight, and does not call it"
+        N, K = module.weight.shape
         return unsupported(N, K) or too_small(N, K, self.min_features)
 
     def missing(self) -> str:
         return "FP8Linear found no nn.Linear that it could change. FP8Linear(min_features=0) takes small ones too"
-
-
-def plain_forward(module: nn.Module) -> Any:
-    """The forward under whatever swaps are on it."""
-    return next(c.forward for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, Swap))
 
 
 def too_small(N: int, K: int, least: int) -> str:
@@ -103,8 +108,10 @@ def too_small(N: int, K: int, least: int) -> str:
     return f"{N} x {K} is below min_features={least}" if min(N, K) < least else ""
 
 
-def check_fp8(callback: str, backend: str, scales: str) -> None:
+def check_fp8(callback: str, backend: str, scales: str, min_features: int) -> None:
     """ConfigError for settings that FP8 does not have."""
+    if not isinstance(min_features, int) or min_features < 0:
+        raise ConfigError(f"{callback} got min_features={min_features!r}; valid: a whole number of 0 or more")
     for key, got, valid in (
         ("backend", backend, ("auto", "torch", "triton", "emulate")),
         ("scales", scales, ("float", "power of two")),

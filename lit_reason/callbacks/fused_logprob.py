@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import torch
-from lit_kernels.dispatch import choose
+from lit_kernels.dispatch import Backend, choose
 from lit_kernels.lazy_logits import LazyLogits
 from lit_kernels.logprobs import linear_logprobs
 from lit_kernels.swap import Swap
 from torch import Tensor, nn
 
-from lit_reason.callbacks.swapping import Change, Swapping, matches, swapped
+from lit_reason.callbacks.swapping import Change, Swapping, matches, output_heads, patterns, plain_forward, swapped
+from lit_reason.errors import ConfigError
 
 
 class LazyHead(Swap):
@@ -54,17 +56,21 @@ class FusedLogProb(Swapping):
     """
 
     def __init__(self, backend: str = "auto", heads: Sequence[str] = ()) -> None:
-        choose(type(self).__name__, backend if backend != "triton" else "auto", torch.device("cpu"), ())
-        self.backend, self.heads = backend, tuple(heads)
+        if backend not in get_args(Backend):
+            raise ConfigError(f"FusedLogProb got backend={backend!r}; valid: {', '.join(get_args(Backend))}")
+        self.backend, self.heads = backend, patterns(type(self).__name__, "heads", heads)
+
+    def check(self, device: torch.device) -> None:
+        choose("linear_logprobs", self.backend, device, ())
 
     def changes(self, model: nn.Module) -> Iterator[Change]:
-        vocabularies = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
+        heads = output_heads(model)
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if matches(name, self.heads) if self.heads else tuple(module.weight.shape) in vocabularies:
+            if isinstance(module, nn.Linear) and (matches(name, self.heads) if self.heads else module in heads):
                 if module.bias is not None:
-                    yield Change(name, "it has a bias")
+                    yield Change(name, module, "it has a bias")
+                elif plain_forward(module) is not nn.Linear.forward:
+                    yield Change(name, module, f"a {type(module).__name__} has a forward of its own")
                 else:
                     what = f"losses without logits, {self.backend}"
                     yield swapped(name, module, what, LazyHead, backend=self.backend)

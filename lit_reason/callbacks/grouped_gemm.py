@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lit_kernels.dispatch import choose
 from lit_kernels.fp8 import Scales
+from lit_kernels.gemm import check_product
 from lit_kernels.grouped import experts
 from lit_kernels.linear import unsupported
 from lit_kernels.swap import Swap
 from torch import Tensor, nn
 
-from lit_reason.callbacks.fp8_linear import check_fp8, plain_forward, too_small
-from lit_reason.callbacks.swapping import Change, Swapping, swapped
+from lit_reason.callbacks.fp8_linear import check_fp8, too_small
+from lit_reason.callbacks.swapping import Change, Swapping, plain_forward, swapped
 from lit_reason.errors import ConfigError
 from lit_reason.models.layers import compute_dtype
 from lit_reason.models.moe import Experts, Routing
@@ -44,8 +46,9 @@ def ours(module: Experts, x_ND: Tensor, routing: Routing) -> Call:
 def transformers_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Call:
     """Mixtral, Qwen-MoE, DeepSeek, GLM, ...: every class under `use_experts_implementation` with gates, without
     biases."""
-    weights = (module.gate_up_proj, module.down_proj)
-    return Call(hidden_states, top_k_index, top_k_weights, *weights, module.act_fn)
+    silu = isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
+    activation = F.silu if silu else module.act_fn  # the name by which the kernels know it
+    return Call(hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation)
 
 
 class Grouped(Swap):
@@ -100,7 +103,7 @@ class GroupedGEMM(Swapping):
         min_features: int = 2048,
         layouts: Mapping[type[nn.Module], Layout] | None = None,
     ) -> None:
-        check_fp8(type(self).__name__, backend, scales)
+        check_fp8(type(self).__name__, backend, scales, min_features)
         if precision not in ("bf16", "fp8"):
             raise ConfigError(f"GroupedGEMM got precision={precision!r}; valid: bf16, fp8")
         if backend == "emulate" and precision != "fp8":
@@ -108,11 +111,17 @@ class GroupedGEMM(Swapping):
         self.backend, self.precision, self.scales = backend, precision, scales
         self.min_features, self.layouts = min_features, dict(layouts or {}) | {Experts: ours}
 
+    def check(self, device: torch.device) -> None:
+        if self.precision == "fp8":
+            check_product(self.backend, device)
+        else:
+            choose("grouped_mm", self.backend, device, ())
+
     def changes(self, model: nn.Module) -> Iterator[Change]:
         for name, module in model.named_modules():
             layout, reason = self._layout(module)
             if reason:
-                yield Change(name, reason)
+                yield Change(name, module, reason)
             elif layout is not None:
                 yield self._grouped(name, module, layout)
 
@@ -124,9 +133,8 @@ class GroupedGEMM(Swapping):
         if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and hasattr(module, "is_concatenated"):
             reason = _not_ours(module)
             return (None, reason) if reason else (transformers_experts, "")
-        if isinstance(module, nn.ModuleList) and len({_shapes(expert) for expert in module}) == 1 < len(module):
-            stacked = len(_shapes(module[0])) != 3  # the matrices of gate, up and down
-            return None, "" if stacked else "its weights are one tensor per expert; GroupedGEMM takes stacked ones"
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and all(_is_gated(expert) for expert in module):
+            return None, "its weights are one tensor per expert; GroupedGEMM takes stacked ones"
         return None, ""
 
     def _grouped(self, name: str, module: nn.Module, layout: Layout) -> Change:
@@ -143,8 +151,8 @@ class GroupedGEMM(Swapping):
 
     def missing(self) -> str:
         return (
-            "GroupedGEMM found no experts with stacked weights and does nothing. Type "
-            "GroupedGEMM(layouts={MyExperts: lambda m, x, index, weights: Call(x, index, weights, m.w13, m.w2)})"
+            "GroupedGEMM found no experts with stacked weights and does nothing. Drop it (kernels=torch), or describe "
+            "yours: GroupedGEMM(layouts={MyExperts: lambda m, x, index, weights: Call(x, index, weights, m.w13, m.w2)})"
         )
 
 
@@ -162,6 +170,7 @@ def _not_ours(module: Any) -> str:
     return ""
 
 
-def _shapes(module: nn.Module) -> tuple[torch.Size, ...]:
-    """Of the linear layers that are its children; of anything else none."""
-    return tuple(child.weight.shape for child in module.children() if isinstance(child, nn.Linear))
+def _is_gated(module: nn.Module) -> bool:
+    """Whether its linear layers are a gate, an up and a down."""
+    shapes = [tuple(child.weight.shape) for child in module.children() if isinstance(child, nn.Linear)]
+    return len(shapes) == 3 and sorted(shapes) in (sorted([s, s, s[::-1]]) for s in shapes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,7 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_kernels.swap import Swap, put, take_off
 from torch import nn
 
+from lit_reason.errors import ConfigError
+
 SHOWN = 4  # names of a report's line
+HEADS = ("head", "lm_head")
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(slots=True)
@@ -47,33 +51,37 @@ class Change(NamedTuple):
     (`what` says why)."""
 
     name: str
+    module: nn.Module
     what: str
     make: Callable[[], Callable[[], object]] | None = None
 
 
 def swapped(name: str, module: nn.Module, what: str, swap: type[Swap], **settings: Any) -> Change:
-    """The change that puts `swap` on a module."""
+    """The change that puts `swap` on a module; declined where an object's own forward would hide it."""
+    if "forward" in vars(module):
+        return Change(name, module, "its forward was replaced on the object, which hides any class's")
 
     def make() -> Callable[[], object]:
         put(module, swap, name, **settings)
         return partial(take_off, module, swap)
 
-    return Change(name, what, make)
+    return Change(name, module, what, make)
 
 
 class Swapping(Callback):
-    """Swaps in `setup`, before DDP wraps, FSDP2 shards or an optimizer is built; a model that is made later, in
+    """Swaps in `setup`, before DDP wraps, FSDP2 shards or an optimizer is built; what is made later, in
     `configure_model`, is swapped when the fit starts. Every parameter stays the same object under the same name. The
     end of the fit, or an exception, undoes it.
 
     Without a Trainer: `report = callback.apply(model)` and `callback.undo()`.
 
     Attributes:
-        report: of the last `apply`.
+        report: of what is swapped now, and was declined.
     """
 
     report: SwapReport | None = None
     _undo: Sequence[Callable[[], object]] = ()
+    _seen: Collection[nn.Module] = ()
 
     @abstractmethod
     def changes(self, model: nn.Module) -> Iterator[Change]:
@@ -94,48 +102,91 @@ class Swapping(Callback):
             ClaimedError: another callback has replaced the forward of a module that this one wants.
         """
         self.undo()
-        report = self.report = SwapReport(type(self).__name__)
-        done = self._undo = []
+        self.report, self._undo, self._seen = SwapReport(type(self).__name__), [], set()
+        return self._apply_more(*models)
+
+    def _apply_more(self, *models: nn.Module) -> SwapReport:
+        """In modules that were not looked at before; of several models all but the first are told by number."""
+        report, seen = self.report, set(self._seen)
+        assert report is not None
         try:
-            for name, what, make in [change for model in models for change in self.changes(model)]:
-                if make is None:
-                    report.declined[name] = what
-                else:
-                    done.append(make())
-                    report.changed[name] = what
+            for i, model in enumerate(models):
+                for name, module, what, make in list(self.changes(model)):
+                    told = f"{name} of model {i + 1}" if i else name
+                    if module in seen:
+                        continue
+                    if make is None:
+                        report.declined[told] = what
+                    else:
+                        self._undo = [*self._undo, make()]
+                        report.changed[told] = what
+                seen |= set(model.modules())
         except BaseException:
             self.undo()
             raise
+        self._seen = seen
         return report
 
     def undo(self) -> None:
         """Every module as it was; one that FSDP2 has sharded since then stays swapped."""
         for undo in reversed(self._undo):
             undo()
-        self._undo = ()
+        self._undo, self._seen = (), ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.check(trainer.strategy.root_device)
-        self._apply_to(pl_module)
+        if self.apply(*_computing(pl_module)).changed:
+            rank_zero_info(str(self.report))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._undo:
-            return
-        self._apply_to(pl_module)
+        before = len(self._undo)
+        self._apply_more(*_computing(pl_module))
         if not self._undo:
             rank_zero_warn(f"{self.report}\n{self.missing()}")
-
-    def _apply_to(self, pl_module: LightningModule) -> None:
-        """To the module and to what shall compute as it does beside it, such as a reference policy."""
-        report = self.apply(pl_module, *getattr(pl_module, "computes_alike", tuple)())
-        if self._undo:
-            rank_zero_info(str(report))
+        elif len(self._undo) > before:
+            rank_zero_info(str(self.report))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.undo()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.undo()
+
+
+def _computing(pl_module: LightningModule) -> Sequence[nn.Module]:
+    """The module, and what shall compute as it does beside it, such as a reference policy."""
+    return pl_module, *getattr(pl_module, "computes_alike", tuple)()
+
+
+def patterns(callback: str, key: str, value: Sequence[str]) -> tuple[str, ...]:
+    """Shell patterns; ConfigError for a single text, whose letters would be taken for them."""
+    if isinstance(value, str):
+        raise ConfigError(f"{callback} got {key}={value!r}; valid: a list. Type {key}=[{value!r}]")
+    return tuple(value)
+
+
+def plain_forward(module: nn.Module) -> Any:
+    """The forward under whatever swaps are on it."""
+    return next(c.forward for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, Swap))
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """Linear layers of the shape of an embedding, with more outputs than inputs or named as heads are: not a square
+    one, which the embedding of as many positions would have."""
+    shapes = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight.shape in shapes
+        and (module.out_features > module.in_features or matches(name, HEADS))
+    }
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer of transformers in training without its cache of keys and values, which a second pass
+    would extend, and whose state makes every layer another one to the compiler."""
+    return {key: None if key in CACHES else value for key, value in kwargs.items()}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ Shapes: B rows, T positions, M targets that count, V vocabulary, D width."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lit_kernels.logprobs import linear_logprobs
@@ -46,10 +46,10 @@ def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperat
     Where more are asked for, a bias-free linear layer's are made tile by tile, any other head's some rows at a time;
     the backward pass makes them again. A head that knows how (`FusedLogProb`) is asked for log-probs instead.
     """
-    if isinstance(head, HasLogprobs):
+    if isinstance(head, HasLogprobs) and _is_bare(head):
         return head.logprobs(states_MD, target_M, temperature)
     rows = row_chunk(head, states_MD)
-    if rows < len(states_MD) and _is_plain(head):
+    if rows < len(states_MD) and type(head) is nn.Linear and _is_bare(head):
         return linear_logprobs(states_MD, head.weight, target_M, temperature)
 
     def logprobs(states_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,11 +58,11 @@ def head_logprobs(head: nn.Module, states_MD: Tensor, target_M: Tensor, temperat
     return by_rows(logprobs, rows, states_MD, target_M)  # type: ignore[return-value]
 
 
-def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the head does no more than multiply by its weight: no bias, hook, adapter or replaced forward,
-    and a weight that is no quantised or sharded tensor."""
+def _is_bare(head: nn.Module) -> bool:
+    """Whether calling the head does no more than its class does with a weight: no bias, hook, adapter or replaced
+    forward, and a weight that is no quantised or sharded tensor."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    plain = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    plain = getattr(head, "bias", None) is None and type(getattr(head, "weight", None)) is nn.Parameter
     return plain and not any(hooks) and "forward" not in vars(head)
 
 

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_reason.callbacks import ActivationCheckpointing, CompileModel
 from lit_reason.callbacks.activation_checkpointing import Checkpointed
+from lit_reason.errors import ConfigError
 from lit_reason.models import ModelConfig, Transformer
 
 SHAPE = {"vocab_size": 40, "width": 32, "depth": 3, "heads": 2, "experts": 4, "ffn_width": 64, "expert_width": 32}
@@ -95,7 +97,7 @@ def test_every_second_and_names():
     report = ActivationCheckpointing(layers=["layers.1"]).apply(Stranger(4))
     assert list(report.changed) == ["layers.1"]
     assert not ActivationCheckpointing().apply(nn.Linear(2, 2)).changed
-    with pytest.raises(ValueError, match="every=0; valid: a whole number of 1 or more"):
+    with pytest.raises(ConfigError, match="every=0; valid: a whole number of 1 or more"):
         ActivationCheckpointing(every=0)
 
 
@@ -119,3 +121,28 @@ def test_with_compile_in_either_order(first):
     for name, gradient in expected[1].items():
         torch.testing.assert_close(gradients[name], gradient)
     assert all(calls == 1 for calls in buffers.values())
+
+
+@pytest.mark.parametrize("callback", [ActivationCheckpointing, CompileModel])
+def test_transformers_with_padding_and_its_cache(callback):
+    """A layer that is called again would find its own keys in the cache."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=40, **sizes), attn_implementation="eager").train()
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    ids = torch.randint(0, 40, (2, 8))
+
+    def gradients(model):
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients(model)
+    assert len(callback().apply(model).changed) == 2
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_offloaded_where_there_is_no_other_memory():
+    with pytest.raises(ConfigError, match=r"offload=True on a cpu.*Type offload=False"):
+        ActivationCheckpointing(offload=True).check(torch.device("cpu"))

@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_reason.callbacks import FusedLogProb
 from lit_reason.callbacks.fused_logprob import LazyHead
+from lit_reason.errors import ConfigError
 from lit_reason.models import HFModel, ModelConfig, Transformer
+from lit_reason.modules import PretrainModule
 from lit_reason.modules.logprobs import head_logprobs
+from lit_reason.optim import AdamW
+from lit_reason.types import TokenBatch
 
 V = 1000
 
@@ -134,3 +138,56 @@ def test_our_policies_ask_the_head(kind, monkeypatch):
     for ours, theirs in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
     assert called == [1]
+
+
+class Capped(nn.Linear):
+    def forward(self, x):
+        return 5 * torch.tanh(super().forward(x) / 5)
+
+
+def test_what_is_no_plain_head_is_left_alone():
+    model = Stranger()
+    model.out = Capped(16, V, bias=False)
+    assert FusedLogProb().apply(model).declined == {"out": "a Capped has a forward of its own"}
+    model = Stranger()
+    model.out.forward = lambda x: x @ model.out.weight.T * 2
+    assert "replaced on the object" in FusedLogProb().apply(model).declined["out"]
+    square = nn.ModuleDict({"positions": nn.Embedding(16, 16), "k_proj": nn.Linear(16, 16, bias=False)})
+    assert not FusedLogProb().apply(square).changed
+    with pytest.raises(ConfigError, match=r"heads='out'; valid: a list. Type heads=\['out'\]"):
+        FusedLogProb(heads="out")
+
+
+def test_a_hook_on_the_head_is_not_gone_round():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=V, width=32, depth=1, heads=2)).double().train()
+    model.head.register_forward_hook(lambda head, args, out: out * 0.5)
+    states, target = torch.randn(4, 32, dtype=torch.float64), torch.arange(4)
+    expected = head_logprobs(model.head, states, target, 1.0)
+    FusedLogProb().apply(model)
+    for ours, theirs in zip(head_logprobs(model.head, states, target, 1.0), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_pretraining_makes_no_logits(monkeypatch):
+    monkeypatch.setattr("lit_kernels.logprobs.TILE", {"cpu": (16, 64)})
+    monkeypatch.setattr("lit_kernels.lazy_logits.AT_ONCE", 16 * V)
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=V, width=32, depth=1, heads=2, ffn_width=32)
+    module = PretrainModule(Transformer(config), AdamW())
+    ids = torch.randint(0, V, (4, 33))
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32))
+
+    def run():
+        module.zero_grad()
+        with Largest() as seen:
+            cross_entropy, *_, correct = module._losses(batch)
+            cross_entropy.backward()
+        return cross_entropy.detach(), correct, module.model.head.weight.grad.clone(), seen.elements
+
+    *expected, plain = run()
+    FusedLogProb().apply(module)
+    *found, largest = run()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert largest <= 32 * V < 4 * 32 * V <= plain

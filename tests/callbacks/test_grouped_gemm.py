@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from lit_kernels.dispatch import UnsupportedError
+from lit_kernels.grouped import experts_reference
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_reason.callbacks import GroupedGEMM
+from lit_reason.callbacks import CompileModel, FP8Linear, FusedLogProb, GroupedGEMM
 from lit_reason.callbacks.grouped_gemm import Call, Grouped
 from lit_reason.errors import ConfigError
 from lit_reason.models import ModelConfig, Transformer
@@ -150,3 +152,45 @@ def test_settings_that_do_not_exist():
     ):
         with pytest.raises(ConfigError, match=said):
             GroupedGEMM(**settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_layers_with_grouped_experts(dtype):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "width": 32, "depth": 3, "heads": 2, "experts": 4, "ffn_width": 64, "expert_width": 32}
+    model, ids = Transformer(ModelConfig(**shape)), torch.randint(0, 40, (2, 12))
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model(ids).float().logsumexp(-1).mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    GroupedGEMM().apply(model)
+    expected = gradients()
+    CompileModel().apply(model)
+    for name, gradient in gradients().items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < (1e-4 if dtype == torch.float32 else 0.2), name  # bfloat16: roundings, and experts that flip
+
+
+def test_an_activation_that_learns_is_seen_however_it_is_written():
+    torch.manual_seed(0)
+    model = Experts()
+    model.beta = nn.Parameter(torch.ones(()))
+    layout = lambda m, index, w, x: Call(x, index, w, m.w13, m.w2, lambda g: F.silu(m.beta * g))  # noqa: E731
+    GroupedGEMM(layouts={Experts: layout}).apply(model)
+    arguments = torch.randn(6, 8), torch.randn(6, 4).topk(2).indices, torch.rand(6, 2)
+    model(*arguments[1:], arguments[0]).square().sum().backward()
+    found, model.beta.grad = model.beta.grad, None
+    experts_reference(*arguments, model.w13, model.w2, lambda g: F.silu(model.beta * g)).square().sum().backward()
+    torch.testing.assert_close(found, model.beta.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("callback", [
+    GroupedGEMM(backend="triton"), GroupedGEMM(precision="fp8"), FusedLogProb(backend="triton"),
+    FP8Linear(backend="triton"),
+], ids=lambda c: type(c).__name__)  # fmt: skip
+def test_what_cannot_run_is_refused_in_setup(callback):
+    with pytest.raises(UnsupportedError, match="Type backend="):
+        callback.check(torch.device("cpu"))

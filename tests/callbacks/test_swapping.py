@@ -27,7 +27,7 @@ class Double(Swapping):
             if isinstance(module, nn.Linear) and module.out_features == 3:
                 yield swapped(name, module, "doubled", Doubled)
             elif isinstance(module, nn.Linear):
-                yield Change(name, "it has not three outputs")
+                yield Change(name, module, "it has not three outputs")
 
     def missing(self):
         return "Double found nothing. Type Double(anything=True)"
@@ -72,10 +72,23 @@ def test_a_model_made_in_configure_model_is_found(fit):
     assert seen.kind == "DoubledLinear" and type(module.first) is nn.Linear
 
 
+def test_a_model_made_in_part_later_is_swapped_whole(fit):
+    class Partly(fit.Tiny):
+        def configure_model(self):
+            self.last = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False))
+
+        def on_train_start(self):
+            assert type(self.first).__name__ == type(self.last[0]).__name__ == "DoubledLinear"
+
+    callback = Double()
+    fit([callback], steps=1, module=Partly())
+    assert set(callback.report.changed) == {"first", "last.0"}
+
+
 def test_one_warning_says_that_nothing_was_found(fit):
     class Nothing(Double):
         def changes(self, model):
-            yield Change("last", "too small")
+            yield Change("last", model, "too small")
 
     with pytest.warns(
         UserWarning, match=r"(?s)Nothing: 0 modules changed, 1 declined.*too small.*Type Double\("
@@ -96,13 +109,20 @@ def test_models_beside_the_module_are_swapped_too(fit):
 
     class Pair(fit.Tiny):
         def computes_alike(self):
-            return [beside]
+            return [beside, self.first]  # a part of the module is swapped once
 
         def on_train_start(self):
             assert type(beside) is not nn.Linear
 
     fit([Double()], steps=1, module=Pair())
     assert type(beside) is nn.Linear
+
+
+def test_a_forward_on_the_object_is_not_hidden():
+    layer = nn.Linear(2, 3)
+    layer.forward = lambda x: x
+    report = Double().apply(nn.ModuleDict({"a": layer}))
+    assert not report.changed and "replaced on the object" in report.declined["a"]
 
 
 def test_a_report_names_a_few_and_counts_all():

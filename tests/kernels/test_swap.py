@@ -80,7 +80,9 @@ def test_a_copy_is_swapped_by_itself(layer):
 
 def test_two_claims_on_one_module_are_an_error(layer):
     put(layer, Times, by=3)
-    with pytest.raises(ClaimedError, match=r"model\.head: Times wants to replace what it computes.*Drop one of the two"):
+    with pytest.raises(
+        ClaimedError, match=r"model\.head: Times wants to replace what it computes.*Drop one of the two"
+    ):
         put(layer, Times, "model.head", by=4)
     assert layer.swap_settings[Times] == {"by": 3}
 
