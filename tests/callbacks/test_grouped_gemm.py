@@ -171,7 +171,7 @@ def test_compiled_layers_with_grouped_experts(dtype):
     CompileModel().apply(model)
     for name, gradient in gradients().items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert error < (1e-4 if dtype == torch.float32 else 0.2), name  # bfloat16: roundings, and experts that flip
+        assert error < (1e-4 if dtype == torch.float32 else 0.4), name  # bfloat16: roundings, and experts that flip
 
 
 def test_an_activation_that_learns_is_seen_however_it_is_written():
