@@ -1,11 +1,11 @@
 """Pretraining in FP8 against bfloat16 at the same seed and data: docs/studies/fp8.md.
 
-    python scripts/study_fp8.py PATH/gsm8k/train.jsonl             # run what is missing, then write the results
+    python scripts/study_fp8.py PATH/gsm8k/train.jsonl     # runs what is missing, then writes the results
 
 The shelf's model (conf/model/arith_1m.yaml) reads the questions and solutions of a JSONL file, byte by byte. FP8 is
 `kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block scales in all three products of every linear layer
-and expert; embedding, head, gates, norms and attention stay), at the speed of a CPU. The bound is DeepSeek-V3's: a relative
-difference of the loss below 0.25% (2412.19437 section 3.3).
+and expert; embedding, head, gates, norms and attention stay), at the speed of a CPU. The bound is DeepSeek-V3's: a
+relative difference of the loss below 0.25% (2412.19437 section 3.3).
 
 Written are benchmarks/studies/fp8_pretraining.json, docs/studies/fp8_pretraining.svg and the table of the page.
 """
