@@ -39,6 +39,8 @@ def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def pretraining_table() -> str:
+    if not RECORD.is_file():
+        return "Not measured yet."
     record = json.loads(RECORD.read_text())
     lines = [
         f"| | loss, last {TAIL} steps | minus bfloat16's | largest of any {TAIL} steps | below {BOUND:.2%} |",
