@@ -128,7 +128,7 @@ class ActivationCheckpointing(Swapping):
         self.layers = patterns(type(self).__name__, "layers", layers)
         self.every, self.offload = every, offload
 
-    def check(self, device: torch.device) -> None:
+    def try_on(self, device: torch.device) -> None:
         if self.offload and device.type != "cuda":
             raise ConfigError(
                 f"ActivationCheckpointing got offload=True on a {device.type}: there is no other memory to offload to. "

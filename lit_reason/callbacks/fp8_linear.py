@@ -76,7 +76,7 @@ class FP8Linear(Swapping):
         self.settings = {"backend": backend, "kind": scales}
         self.min_features, self.keep = min_features, patterns(type(self).__name__, "keep", keep)
 
-    def check(self, device: torch.device) -> None:
+    def try_on(self, device: torch.device) -> None:
         check_product(self.settings["backend"], device)
 
     def changes(self, model: nn.Module) -> Iterator[Change]:

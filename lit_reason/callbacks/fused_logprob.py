@@ -60,7 +60,7 @@ class FusedLogProb(Swapping):
             raise ConfigError(f"FusedLogProb got backend={backend!r}; valid: {', '.join(get_args(Backend))}")
         self.backend, self.heads = backend, patterns(type(self).__name__, "heads", heads)
 
-    def check(self, device: torch.device) -> None:
+    def try_on(self, device: torch.device) -> None:
         choose("linear_logprobs", self.backend, device, ())
 
     def changes(self, model: nn.Module) -> Iterator[Change]:

@@ -111,7 +111,7 @@ class GroupedGEMM(Swapping):
         self.backend, self.precision, self.scales = backend, precision, scales
         self.min_features, self.layouts = min_features, dict(layouts or {}) | {Experts: ours}
 
-    def check(self, device: torch.device) -> None:
+    def try_on(self, device: torch.device) -> None:
         if self.precision == "fp8":
             check_product(self.backend, device)
         else:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lit_kernels.dispatch import UnsupportedError
 from lit_kernels.swap import Swap, put, take_off
 from torch import nn
 
@@ -92,7 +93,18 @@ class Swapping(Callback):
         """What was looked for and not found, and the fix."""
 
     def check(self, device: torch.device) -> None:
-        """Refuses what cannot run there, before anything runs."""
+        """Before anything runs.
+
+        Raises:
+            ConfigError: what is asked for cannot run there.
+        """
+        try:
+            self.try_on(device)
+        except UnsupportedError as error:
+            raise ConfigError(f"{type(self).__name__}: {error}; on the command line kernels=NAME, e.g. torch") from None
+
+    def try_on(self, device: torch.device) -> None:
+        """Raises ConfigError or UnsupportedError for what cannot run there."""
         return
 
     def apply(self, *models: nn.Module) -> SwapReport:

@@ -21,6 +21,7 @@ from torch import nn
 
 from lit_reason import zoo
 from lit_reason.callbacks.progress import generation_line
+from lit_reason.callbacks.swapping import Swapping
 from lit_reason.checkpoint import SafeCheckpointIO, find_resume
 from lit_reason.checkpoint.atomic import write_bytes
 from lit_reason.cli.build import build
@@ -179,7 +180,11 @@ def make_trainer(cfg: DictConfig, **kwargs: Any) -> Trainer:
     loggers = list((build(cfg, "logger") if cfg.logger else {}).values())
     kwargs |= {"callbacks": callbacks, "logger": loggers or False, "plugins": [SafeCheckpointIO()]}
     defaults = {"default_root_dir": cfg.run_dir} | TRAINER
-    return build(cfg, "trainer", **{k: v for k, v in defaults.items() if k not in cfg.trainer}, **kwargs)()
+    trainer = build(cfg, "trainer", **{k: v for k, v in defaults.items() if k not in cfg.trainer}, **kwargs)()
+    for callback in callbacks:
+        if isinstance(callback, Swapping):  # now, not after an evaluation
+            callback.check(trainer.strategy.root_device)
+    return trainer
 
 
 def _fit(cfg: DictConfig, trainer: Trainer, module: LanguageModule, data: Any, checkpoint: Path | None) -> None:
