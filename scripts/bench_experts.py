@@ -48,7 +48,7 @@ def padded(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Te
 
 FORMS: dict[str, Form] = {
     "loop": experts_reference,
-    "one by one": one_by_one.experts,
+    "one by one": one_by_one.experts,  # type: ignore[assignment]
     "F.grouped_mm": grouped,
     "padded bmm": padded,
 }

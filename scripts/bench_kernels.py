@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +50,37 @@ def of_side(side: dict[str, Any]) -> str:
     return side["error"] if "error" in side else "{median:.4g} ({min:.4g} to {max:.4g})".format(**side["ms"])
 
 
-def measured(group: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A group's rows, and under which circumstances they were measured."""
+def measured(group: str, args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A group's rows, and under which circumstances they were measured; `keep` gets what there is after every row."""
     found = {**kernels_record.circumstances(args.commit), "seconds": args.seconds}
     start = end = kernels_record.clocks()
     rows, todo = [], len(cases(group, args.dry_run))
     for row in rows_of(cases, group, args.dry_run, args.seconds, args.limit):
         print(line(row), flush=True)
         rows.append(row)
+        keep({**found, "clocks": {"start": start, "end": end}, "rows": rows})
         if len(rows) == todo:  # before the process ends and the clocks fall
             end = kernels_record.clocks()
     return {**found, "clocks": {"start": start, "end": end}, "rows": rows}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures the groups, and writes after each; a dry run only where `--out` says."""
+    """Measures the groups, and writes after each case; a dry run only where `--out` says."""
     gpu = DRY if args.dry_run else torch.cuda.get_device_name()
     path = (args.out or kernels_record.FOLDER) / kernels_record.file_name(gpu)
     record = {"gpu": gpu, "groups": kernels_record.groups_so_far(path)}
+    writes = args.out or not args.dry_run
+
+    def keep(group: str, found: dict[str, Any]) -> None:
+        record["groups"][group] = found
+        if writes:
+            kernels_record.write(path, record)
+
     for group in args.only:
-        record["groups"][group] = measured(group, args)
-        if args.dry_run and not args.out:
-            continue
-        kernels_record.write(path, record)
-        kernels_record.write_dispatch_table(args.out / TABLE.name if args.out else TABLE, record)
-        print(f"{group}: written to {path}", flush=True)
+        keep(group, measured(group, args, partial(keep, group)))
+        if writes:
+            kernels_record.write_dispatch_table(args.out / TABLE.name if args.out else TABLE, record)
+            print(f"{group}: written to {path}", flush=True)
 
 
 def missing() -> str:

@@ -37,7 +37,7 @@ def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[
     from transformers import Qwen3MoeConfig
 
     sys.path.insert(0, str(ROOT / "examples"))
-    from transformers_moe import EXPERTS, SIZES, Project
+    from transformers_moe import EXPERTS, SIZES, Project  # type: ignore[import-not-found]
 
     from lit_reason.callbacks import FusedLogProb, GroupedGEMM
 
@@ -52,7 +52,7 @@ def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[
 
     L.seed_everything(1, verbose=False)
     project, clock = Project(Qwen3MoeConfig(**SIZES, **EXPERTS), experts), Clock()
-    data = torch.utils.data.DataLoader(torch.randint(SIZES["vocab_size"], (8 * steps, 512)), batch_size=8)
+    data = torch.utils.data.DataLoader(torch.randint(SIZES["vocab_size"], (8 * steps, 512)), batch_size=8)  # type: ignore[arg-type]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     L.Trainer(
         max_epochs=1,

@@ -18,13 +18,14 @@ import importlib.util
 import json
 import math
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 Backend = Literal["auto", "torch", "triton"]
+WITH_FP8 = (8, 9)  # compute capability
 TABLE = Path(__file__).with_name("measured.json")
 
 
@@ -39,8 +40,11 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(op: str, backend: str, device: torch.device, shape: tuple[int, ...]) -> Choice:
+def choose(op: str, backend: str, device: torch.device, shape: tuple[int, ...], fp8: bool = False) -> Choice:
     """Resolves `backend` for an operation on tensors of `shape` (which dimensions: as in the measured table).
+
+    Args:
+        fp8: whether its Triton kernel writes or multiplies FP8, which older GPUs cannot.
 
     Raises:
         UnsupportedError: Triton was asked for where it cannot run.
@@ -50,7 +54,7 @@ def choose(op: str, backend: str, device: torch.device, shape: tuple[int, ...]) 
         raise ValueError(f"{op} got backend={backend!r}; valid: {', '.join(get_args(Backend))}")
     if backend == "torch":
         return Choice("torch", "it was asked for")
-    missing = missing_for_triton(device)
+    missing = missing_for_triton_fp8(device) if fp8 else missing_for_triton(device)
     if backend == "triton":
         if missing:
             raise UnsupportedError(f"{op} got backend='triton', but {missing}. Type backend='auto' or backend='torch'")
@@ -64,11 +68,25 @@ def choose(op: str, backend: str, device: torch.device, shape: tuple[int, ...]) 
 
 def missing_for_triton(device: torch.device) -> str:
     """Why Triton kernels cannot run there; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"Triton kernels do not run on a {device.type}"
     return ""
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def missing_for_triton_fp8(device: torch.device) -> str:
+    """Why Triton has no FP8 product there; empty if it has."""
+    if not (reason := missing_for_triton(device)) and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < WITH_FP8:
+            return f"compute capability {capability[0]}.{capability[1]} has no FP8 product; valid: 8.9 and above"
+    return reason
 
 
 def interpreted() -> bool:
@@ -82,7 +100,7 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text()) if TABLE.is_file() else {}
 
 
-@cache
+@lru_cache(1024)  # numbers of rows may differ at every step
 def _measured(op: str, gpu: str, shape: tuple[int, ...]) -> Choice:
     rows = [row for row in table().get(gpu, {}).get(op, ()) if len(row["shape"]) == len(shape)]
     if not rows:

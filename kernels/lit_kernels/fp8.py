@@ -48,7 +48,8 @@ def scales_of(amax: Tensor, kind: Scales) -> tuple[Tensor, Tensor]:
         return amax / largest, largest / amax
     bits = (amax / largest).view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    return (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)
+    inverse = ((254 - exponent) << 23).masked_fill(exponent == 255, 0)  # of an infinity: all of the block is NaN
+    return (exponent << 23).view(torch.float32), inverse.view(torch.float32)
 
 
 def quantise_rows_reference(x_MK: Tensor, kind: Scales = "float") -> Quantised:

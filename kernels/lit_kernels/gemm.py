@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from lit_kernels.dispatch import UnsupportedError, choose, missing_for_triton
+from lit_kernels.dispatch import UnsupportedError, choose, missing_for_triton_fp8
 from lit_kernels.fp8 import BLOCK, Quantised, gemm_reference
 
 ALIGNED = 16  # numbers: cuBLASLt takes no other K or N
-WITH_FP8 = (8, 9)  # compute capability
 
 
 def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, backend: str = "auto") -> Tensor:
@@ -95,15 +94,6 @@ def _chosen(backend: str, device: torch.device, shape: tuple[int, int, int]) -> 
     return choice.backend
 
 
-def missing_for_triton_fp8(device: torch.device) -> str:
-    """Why Triton has no FP8 product there; empty if it has."""
-    if not (reason := missing_for_triton(device)) and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < WITH_FP8:
-            return f"compute capability {capability[0]}.{capability[1]} has no FP8 product; valid: 8.9 and above"
-    return reason
-
-
 @torch.library.custom_op("lit_kernels::fp8_gemm", mutates_args=())
 def _gemm(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype, in_blocks: bool, backend: str
@@ -128,9 +118,9 @@ def _emulated(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
     """With scales that are powers of two the operands have 4 bits: bfloat16 holds them, and a CPU with products of
     bfloat16 summed in float32 gives what the float32 product does, to the order of its sums, in a third of the time."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, exact = settings.fp32_precision, _are_powers_of_two(a.scales) and _are_powers_of_two(b.scales)
+    before, on_cpu = settings.fp32_precision, a.values.device.type == "cpu"  # elsewhere the question would wait
     try:
-        if exact and a.values.device.type == "cpu":
+        if on_cpu and _are_powers_of_two(a.scales) and _are_powers_of_two(b.scales):
             settings.fp32_precision = "bf16"
         with torch.autocast(a.values.device.type, enabled=False):
             return gemm_reference(a, b, dtype)
@@ -145,12 +135,16 @@ def _are_powers_of_two(scales: Tensor) -> bool:
 def _by_cublas(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype, in_blocks: bool) -> Tensor:
     """Layouts as in torch/_meta_registrations.py (2.13) and ATen's ScaledBlas.cpp: scales of rows (M, k) with strides
     (1, M); those of blocks transposed, (k', n) with strides (1, k'), where k' is k rounded up to a multiple of 4."""
-    if not (a.shape[0] and a.shape[1]):
-        return a.new_zeros(a.shape[0], b.shape[0], dtype=dtype)
+    M = a.shape[0]
+    if not (M and a.shape[1]):
+        return a.new_zeros(M, b.shape[0], dtype=dtype)
+    if more := -M % ALIGNED:  # cuBLASLt wants a multiple of 8 rows where their scales are 1 x 128
+        a, a_scales = (F.pad(x.view(torch.uint8) if x is a else x, (0, 0, 0, more)) for x in (a, a_scales))
+        a = a.view(b.dtype)
     recipe = ScalingType.BlockWise128x128 if in_blocks else ScalingType.BlockWise1x128
     b_scales = F.pad(b_scales, (0, -b_scales.shape[1] % 4)).t() if in_blocks else _by_column(b_scales)
     rows = ScalingType.BlockWise1x128
-    return F.scaled_mm(a, b.t(), _by_column(a_scales), rows, b_scales, recipe, output_dtype=dtype)
+    return F.scaled_mm(a, b.t(), _by_column(a_scales), rows, b_scales, recipe, output_dtype=dtype)[:M]
 
 
 def _by_column(scales: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def experts(
     x_ND, fp8 = x_ND.to(dtype), precision == "fp8"
     on_cpu = not fp8 and one_by_one.serves(x_ND.device, dtype, activation)
     if on_cpu and choose("grouped_mm", backend, x_ND.device, (E, experts_NK.numel(), F2, D)).backend == "torch":
-        return one_by_one.experts(x_ND, experts_NK, weights_NK.to(dtype), gate_up_EFD, down_EDF, activation)
+        return one_by_one.experts(x_ND, experts_NK, weights_NK.to(dtype), gate_up_EFD, down_EDF, activation)  # type: ignore[call-arg]
     around = "auto" if backend == "emulate" else backend
     rows_SD, ends_E, place_NK = permute(x_ND, experts_NK, E, around)
 

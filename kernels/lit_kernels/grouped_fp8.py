@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_kernels.dispatch import UnsupportedError, choose
+from lit_kernels.dispatch import UnsupportedError, choose, missing_for_triton_fp8
 from lit_kernels.fp8 import BLOCK, E4M3, Quantised, Scales, quantise_blocks_reference, quantise_rows_reference
-from lit_kernels.gemm import gemm, missing_for_torch, missing_for_triton_fp8
+from lit_kernels.gemm import gemm, missing_for_torch
 from lit_kernels.linear import unsupported
 
 

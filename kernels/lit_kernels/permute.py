@@ -92,7 +92,7 @@ def permute_quantised(
 
     The bytes of `permute` followed by `quantise_rows`; no gradient. Raises what `permute` does.
     """
-    if _backend("permute", backend, x_ND, experts_NK) == "torch":
+    if _backend("permute", backend, x_ND, experts_NK, fp8=True) == "torch":
         return permute_quantised_reference(x_ND, experts_NK, E, kind)
     _, ends_E, place_NK = sort_by_expert(experts_NK, E)
     return PermutedQuantised(Quantised(*_permute_quantised(x_ND, place_NK, kind)), ends_E, place_NK)
@@ -114,11 +114,11 @@ def unpermute(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor, backend: st
     return _unpermute(rows_SD, place_NK, weights_NK)
 
 
-def _backend(op: str, backend: str, x_ND: Tensor, experts_NK: Tensor) -> str:
+def _backend(op: str, backend: str, x_ND: Tensor, experts_NK: Tensor, fp8: bool = False) -> str:
     if experts_NK.dim() != 2 or x_ND.dim() != 2 or len(x_ND) != len(experts_NK):
         shapes = f"x is {tuple(x_ND.shape)}, experts {tuple(experts_NK.shape)}"
         raise ValueError(f"{shapes}; valid: (N, D) and (N, K). Type x.flatten(0, -2)")
-    return choose(op, backend, x_ND.device, (experts_NK.numel(), x_ND.shape[1])).backend
+    return choose(op, backend, x_ND.device, (experts_NK.numel(), x_ND.shape[1]), fp8).backend
 
 
 def _behind(ends_E: Tensor, S: int) -> Tensor:

@@ -31,7 +31,7 @@ def quantise_rows(x_MK: Tensor, kind: Scales = "float", backend: str = "auto") -
     Raises:
         ValueError: x has not two dimensions, or (Triton) its last one is not contiguous.
     """
-    if choose("quantise_rows", backend, x_MK.device, _shape(x_MK)).backend == "torch":
+    if choose("quantise_rows", backend, x_MK.device, _shape(x_MK), fp8=True).backend == "torch":
         return quantise_rows_reference(x_MK, kind)
     return Quantised(*_quantise_rows(x_MK, kind))
 
@@ -44,14 +44,14 @@ def quantise_blocks(
     The blocks of w^T are those of w, so that the gradient of an input is multiplied by the very numbers that the input
     was.
     """
-    if choose("quantise_blocks", backend, w_NK.device, _shape(w_NK)).backend == "torch":
+    if choose("quantise_blocks", backend, w_NK.device, _shape(w_NK), fp8=True).backend == "torch":
         return quantise_blocks_reference(w_NK.t() if transposed else w_NK, kind)
     return Quantised(*_quantise_blocks(w_NK, kind, transposed))
 
 
 def quantise_both(x_MK: Tensor, kind: Scales = "float", backend: str = "auto") -> tuple[Quantised, Quantised]:
     """Rows of x, and rows of x^T (values (K, M), scales (K, m)), from one read. Errors: as of `quantise_rows`."""
-    if choose("quantise_both", backend, x_MK.device, _shape(x_MK)).backend == "torch":
+    if choose("quantise_both", backend, x_MK.device, _shape(x_MK), fp8=True).backend == "torch":
         return quantise_both_reference(x_MK, kind)
     values, scales, values_t, scales_t = _quantise_both(x_MK, kind)
     return Quantised(values, scales), Quantised(values_t, scales_t)

@@ -47,7 +47,7 @@ def rms_norm_quantised(
     """Rows (M, D) of `rms_norm`; no gradient. Raises what that does, and ValueError for other than two dimensions."""
     if x_MD.dim() != 2:
         raise ValueError(f"x has shape {tuple(x_MD.shape)}; valid: (M, D). Type x.flatten(0, -2)")
-    if _backend(backend, x_MD, _checked(x_MD, gain_D)) == "torch":
+    if _backend(backend, x_MD, _checked(x_MD, gain_D), fp8=True) == "torch":
         return rms_norm_quantised_reference(x_MD, gain_D, eps, kind)
     return Quantised(*_rms_norm_quantised(x_MD, gain_D, eps, kind))
 
@@ -59,12 +59,12 @@ def _checked(x: Tensor, gain_D: Tensor) -> tuple[int, int]:
     return x.shape[:-1].numel(), D
 
 
-def _backend(backend: str, x: Tensor, shape: tuple[int, int]) -> str:
+def _backend(backend: str, x: Tensor, shape: tuple[int, int], fp8: bool = False) -> str:
     if shape[1] <= WIDEST:
-        return choose("rms_norm", backend, x.device, shape).backend
+        return choose("rms_norm", backend, x.device, shape, fp8).backend
     if backend == "triton":
         raise UnsupportedError(f"D={shape[1]}; valid for Triton: up to {WIDEST}. Type backend='auto' or 'torch'")
-    return choose("rms_norm", "torch" if backend == "auto" else backend, x.device, shape).backend
+    return choose("rms_norm", "torch" if backend == "auto" else backend, x.device, shape, fp8).backend
 
 
 @torch.library.custom_op("lit_kernels::rms_norm", mutates_args=())

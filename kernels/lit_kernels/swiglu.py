@@ -49,7 +49,7 @@ def silu_mul_quantised(gate_up_M2F: Tensor, kind: Scales = "float", backend: str
     """
     if gate_up_M2F.dim() != 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up_M2F.shape)}; valid: (M, 2F). Type x.flatten(0, -2)")
-    if choose("silu_mul", backend, gate_up_M2F.device, _checked(gate_up_M2F)).backend == "torch":
+    if choose("silu_mul", backend, gate_up_M2F.device, _checked(gate_up_M2F), fp8=True).backend == "torch":
         return silu_mul_quantised_reference(gate_up_M2F, kind)
     return Quantised(*_silu_mul_quantised(gate_up_M2F, kind))
 

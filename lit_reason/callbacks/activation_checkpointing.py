@@ -83,7 +83,7 @@ def _to_host(tensor: Tensor) -> Tensor | _OnHost:
     with torch.cuda.stream(stream):
         host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)  # its memory may be used again only after the copy
-        return _OnHost(host, stream.record_event(), tensor.device)
+        return _OnHost(host, stream.record_event(), tensor.device)  # type: ignore[arg-type]
 
 
 def _to_device(saved: Tensor | _OnHost) -> Tensor:

@@ -22,7 +22,7 @@ class LazyHead(Swap):
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self, nn.Linear)
         if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
+            return super().forward(x)  # type: ignore[misc]
         return LazyLogits(x, self.weight, backend=self.swap_settings[LazyHead]["backend"])  # type: ignore[index]
 
     def logprobs(self, states_MD: Tensor, target_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lit_kernels.fp8 import BLOCK, Quantised
 from lit_kernels.gemm import is_in_blocks
+from lit_kernels.gpu import on_its_device
 
 Form = Literal["auto", "pointers", "descriptors", "specialised"]
 TILE_M, TILE_N = 64, 128  # by pointers
@@ -102,6 +103,7 @@ def _gemm_persistent(
         out.store([m0, n0], total.to(out.dtype))
 
 
+@on_its_device
 def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, form: Form = "auto") -> Tensor:
     """a b^T (M, N) of rows `a` (M, K) and rows or blocks `b` (N, K)."""
     in_blocks = is_in_blocks(a, b)
@@ -111,7 +113,7 @@ def gemm(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16, form: 
         return out.zero_()
     if not out.numel():
         return out
-    fits = all(x.is_contiguous() and x.stride(0) * x.element_size() % ALIGNED == 0 for x in (a.values, b.values, out))
+    fits = all(_fits(x) for x in (a.values, b.values, out))
     if form == "auto":
         form = SM90 if fits and _is_hopper(out.device) else "pointers"
     scales = (a.scales.t().contiguous(), b.scales.contiguous() if in_blocks else b.scales.t().contiguous())
@@ -149,3 +151,8 @@ def _scratch(size: int, _: int, __: int | None) -> Tensor:
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether a descriptor can hold it."""
+    return x.is_contiguous() and not (x.stride(0) * x.element_size() % ALIGNED or x.data_ptr() % ALIGNED)

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lit_kernels.fp8 import BLOCK, Quantised
+from lit_kernels.gpu import on_its_device
 
 Form = Literal["auto", "pointers", "descriptors"]
 TOGETHER = 8  # rows of tiles that are walked through column by column, so that both operands are found in the L2 cache
@@ -177,6 +178,7 @@ def _weights_fp8(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=(f[:, None] < F) & (d[None, :] < D))
 
 
+@on_its_device
 def grouped_mm(x_SK: Tensor, w: Tensor, ends_E: Tensor, transposed: bool = False, form: Form = "auto") -> Tensor:
     """x w_e^T (S, N) of w (E, N, K), or x w_e of w (E, K, N) if `transposed`; both contiguous."""
     (S, K), E, N = x_SK.shape, len(w), w.shape[2 if transposed else 1]
@@ -196,6 +198,7 @@ def grouped_mm(x_SK: Tensor, w: Tensor, ends_E: Tensor, transposed: bool = False
     return out
 
 
+@on_its_device
 def grouped_mm_weights(grad_SF: Tensor, x_SD: Tensor, ends_E: Tensor, form: Form = "auto") -> Tensor:
     """grad^T x over the rows of each expert, (E, F, D); both contiguous."""
     (S, F), D, E = grad_SF.shape, x_SD.shape[1], len(ends_E)
@@ -214,6 +217,7 @@ def grouped_mm_weights(grad_SF: Tensor, x_SD: Tensor, ends_E: Tensor, form: Form
     return out
 
 
+@on_its_device
 def fp8_gemm(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype, form: Form = "auto") -> Tensor:
     """a b_e^T (S, N) of rows `a` (S, K) and blocks `b` (E, N, K) with scales (E, n, k)."""
     (S, K), (E, N, _) = a.values.shape, b.values.shape
@@ -232,6 +236,7 @@ def fp8_gemm(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype, for
     return out
 
 
+@on_its_device
 def fp8_gemm_weights(
     a: Quantised, b: Quantised, ends_E: Tensor, S: int, dtype: torch.dtype, form: Form = "auto"
 ) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.fp8 import BLOCK, E4M3, Quantised, Scales
+from lit_kernels.gpu import on_its_device
 from lit_kernels.gpu.grouped import groups, of
 from lit_kernels.gpu.quantise import _blocks, _scales
 
@@ -43,6 +44,7 @@ def _by_expert(
     tl.store(scales_t + block.to(tl.int64) * D + d, scale, mask=d < D)
 
 
+@on_its_device
 def quantise_by_expert(x_SD: Tensor, ends_E: Tensor, p: int, kind: Scales = "float") -> tuple[Quantised, Quantised]:
     """See `grouped_fp8.quantise_by_expert_reference`; x is contiguous."""
     (S, D), E = x_SD.shape, len(ends_E)
@@ -57,6 +59,7 @@ def quantise_by_expert(x_SD: Tensor, ends_E: Tensor, p: int, kind: Scales = "flo
     return Quantised(values, scales_dS.t()), Quantised(values_DP, scales_pD.t())
 
 
+@on_its_device
 def quantise_experts(w_EFD: Tensor, kind: Scales = "float", transposed: bool = False) -> Quantised:
     """`quantise_blocks` of every expert, of its transpose if `transposed`; w is contiguous."""
     E, F, D = w_EFD.shape

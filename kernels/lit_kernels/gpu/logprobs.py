@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lit_kernels.gpu import on_its_device
+
 LOWEST = -1e30  # below any logit, and finite: 0 times -infinity is NaN
 BUFFER = 2**28  # bytes of the logits' gradient at once
 WAVES = 16  # programs for each multiprocessor, so that those without work at the end are few
@@ -137,6 +139,7 @@ def _gradient(
     tl.store(out + where, grad.to(out.dtype.element_ty), mask=(m[:, None] < M) & (v[None, :] < V))
 
 
+@on_its_device
 def forward(
     states_MD: Tensor, weight_VD: Tensor, target_M: Tensor, temperature: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +167,7 @@ def forward(
     return chosen_M - top_M - log_s_M, log_s_M - t_M / s_M, top_M + log_s_M
 
 
+@on_its_device
 def backward(
     gradients_M: tuple[Tensor, Tensor],
     states_MD: Tensor,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.fp8 import BLOCK, E4M3
+from lit_kernels.gpu import on_its_device
 from lit_kernels.gpu.quantise import _scales
 
 COLUMNS = 1024  # of a step: 16 bytes of bfloat16 for each thread of 4 warps
@@ -100,6 +101,7 @@ def _collect_backward(
     tl.store(grad_weights + n * K + k, sums.to(grad_weights.dtype.element_ty), mask=k < K)
 
 
+@on_its_device
 def permute(x_ND: Tensor, place_NK: Tensor) -> Tensor:
     """(N K, D), each token's row at each of its places."""
     (N, D), (_, K) = x_ND.shape, place_NK.shape
@@ -110,6 +112,7 @@ def permute(x_ND: Tensor, place_NK: Tensor) -> Tensor:
     return rows
 
 
+@on_its_device
 def permute_quantised(x_ND: Tensor, place_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Values (N K, D) and scales (N K, D / 128)."""
     (N, D), (_, K) = x_ND.shape, place_NK.shape
@@ -123,6 +126,7 @@ def permute_quantised(x_ND: Tensor, place_NK: Tensor, power_of_two: bool) -> tup
     return values, scales_dS.t()
 
 
+@on_its_device
 def unpermute(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
     """(N, D), the sum of each token's rows, weighted or not."""
     (N, K), D = place_NK.shape, rows_SD.shape[1]
@@ -135,6 +139,7 @@ def unpermute(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor | None) -> T
     return out
 
 
+@on_its_device
 def unpermute_backward(grad_ND: Tensor, rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of rows and weights."""
     (S, D), (N, K) = rows_SD.shape, place_NK.shape

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.fp8 import BLOCK, E4M3, LARGEST, SMALLEST, Quantised, Scales
+from lit_kernels.gpu import on_its_device
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 ROWS = 32  # of a tile whose rows have scales of their own
@@ -26,7 +27,8 @@ def _scales(amax, POWER_OF_TWO: tl.constexpr):
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-        return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        inverse = tl.where(exponent == 255, 0, (254 - exponent) << 23)
+        return (exponent << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
     return scale, tl.div_rn(tl.full(amax.shape, _LARGEST, tl.float32), amax)
 
 
@@ -78,6 +80,7 @@ def _both(x, values, scales, values_t, scales_t, M, K, stride_x, SIDE: tl.conste
     tl.store(scales_t + tl.program_id(0).to(tl.int64) * K + k, scale, mask=k < K)
 
 
+@on_its_device
 def quantise_rows(x_MK: Tensor, kind: Scales = "float") -> Quantised:
     """See `fp8.quantise_rows_reference`; x's last dimension must be contiguous."""
     M, K = _checked(x_MK)
@@ -88,6 +91,7 @@ def quantise_rows(x_MK: Tensor, kind: Scales = "float") -> Quantised:
     return Quantised(values, scales_kM.t())
 
 
+@on_its_device
 def quantise_blocks(w_NK: Tensor, kind: Scales = "float", transposed: bool = False) -> Quantised:
     """See `fp8.quantise_blocks_reference`, of w or of its transpose; w's last dimension must be contiguous."""
     N, K = _checked(w_NK)
@@ -100,6 +104,7 @@ def quantise_blocks(w_NK: Tensor, kind: Scales = "float", transposed: bool = Fal
     return Quantised(values, scales)
 
 
+@on_its_device
 def quantise_both(x_MK: Tensor, kind: Scales = "float") -> tuple[Quantised, Quantised]:
     """See `fp8.quantise_both_reference`; x's last dimension must be contiguous."""
     M, K = _checked(x_MK)

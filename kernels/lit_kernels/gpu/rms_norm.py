@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.fp8 import BLOCK, E4M3
+from lit_kernels.gpu import on_its_device
 from lit_kernels.gpu.quantise import _scales
 
 TILE = 4096  # numbers of a program, where a row has fewer: 32 for each thread of 4 warps
@@ -27,7 +28,7 @@ def _normal(x, m, d, inside, D, eps):
     """x / sqrt(mean(x^2) + eps) and that factor, in float32."""
     tile = tl.load(x + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(tile * tile, 1) / D + eps)
-    return tile * factor[:, None], factor
+    return tl.where(inside, tile * factor[:, None], 0.0), factor  # 0 * infinity, of a row that is not there and eps 0
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def _backward(grad, x, gain, out, sums, M, D, eps, ROWS: tl.constexpr, COLUMNS: 
     tl.store(sums + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, 0), mask=d < D)
 
 
+@on_its_device
 def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """(M, D)."""
     M, D = x_MD.shape
@@ -90,6 +92,7 @@ def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     return out
 
 
+@on_its_device
 def rms_norm_quantised(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Values (M, D) and scales (M, D / 128)."""
     M, D = x_MD.shape
@@ -104,6 +107,7 @@ def rms_norm_quantised(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: b
     return values, scales_dM.t()
 
 
+@on_its_device
 def rms_norm_backward(grad_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the gain."""
     M, D = x_MD.shape

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_kernels.fp8 import BLOCK, E4M3
+from lit_kernels.gpu import on_its_device
 from lit_kernels.gpu.quantise import ROWS, _scales
 
 
@@ -67,6 +68,7 @@ def _backward(grad, gate_up, out, M, F, ROWS: tl.constexpr, COLUMNS: tl.constexp
     tl.store(out + offset + F, (grad_ * gate * sigmoid).to(kind), mask=inside)
 
 
+@on_its_device
 def silu_mul(gate_up: Tensor) -> Tensor:
     """(M, 2F) -> (M, F)."""
     M, F = len(gate_up), gate_up.shape[1] // 2
@@ -76,6 +78,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def silu_mul_quantised(gate_up: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Values (M, F) and scales (M, F / 128) of (M, 2F)."""
     M, F = len(gate_up), gate_up.shape[1] // 2
@@ -86,6 +89,7 @@ def silu_mul_quantised(gate_up: Tensor, power_of_two: bool) -> tuple[Tensor, Ten
     return values, scales_fM.t()
 
 
+@on_its_device
 def silu_mul_backward(grad_MF: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate_up, (M, 2F)."""
     M, F = grad_MF.shape
