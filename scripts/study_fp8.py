@@ -5,8 +5,8 @@
 The shelf's model (conf/model/arith_1m.yaml) reads the questions and solutions of a JSONL file, byte by byte. FP8 is
 `kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block scales in all three products of every linear layer
 and expert; embedding, head, gates, norms and attention stay), at the speed of a CPU. The bound is DeepSeek-V3's: a
-relative difference of the loss below 0.25% (2412.19437 section 3.3). A third arm, bfloat16 with other kernels (`kernels=auto`),
-says how far rounding alone drives two runs apart.
+relative difference of the loss below 0.25% (2412.19437 section 3.3). A third arm, bfloat16 with other kernels
+(`kernels=auto`), says how far rounding alone drives two runs apart.
 
 Written are benchmarks/studies/fp8_pretraining.json, docs/studies/fp8_pretraining.svg and the table of the page.
 """
