@@ -43,7 +43,7 @@ COMMAND = [
     *("allow_targets=[watched]", "+reward.even={_target_: watched.Share, of: even}"),
     *("+reward.ascii={_target_: watched.Share, of: ascii, weight: 0.5}", "rollout.sampling.max_tokens=8"),
     *("rollout.shape.rounds=10", "rollout.shape.prompts_per_round=4", "rollout.shape.group_size=4"),
-    *("rollout.shape.epochs=2", "rollout.shape.minibatches=2", "rollout.shape.micro_batches=2", "optimizer.lr=0.02"),
+    *("rollout.shape.epochs=2", "rollout.shape.minibatches=2", "rollout.shape.micro_batches=2", "optimizer.lr=0.005"),
     "callbacks=[checkpoint,rng,save_on_signal,progress,completions,report]",
 ]
 
