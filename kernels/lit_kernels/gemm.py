@@ -144,7 +144,7 @@ def _by_cublas(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: 
     recipe = ScalingType.BlockWise128x128 if in_blocks else ScalingType.BlockWise1x128
     b_scales = F.pad(b_scales, (0, -b_scales.shape[1] % 4)).t() if in_blocks else _by_column(b_scales)
     rows = ScalingType.BlockWise1x128
-    return F.scaled_mm(a, b.t(), _by_column(a_scales), rows, b_scales, recipe, output_dtype=dtype)[:M]
+    return F.scaled_mm(a, b.t(), _by_column(a_scales), rows, b_scales, recipe, output_dtype=dtype).narrow(0, 0, M)
 
 
 def _by_column(scales: Tensor) -> Tensor:

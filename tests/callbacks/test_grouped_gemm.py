@@ -157,7 +157,8 @@ def test_settings_that_do_not_exist():
 def test_compiled_layers_with_grouped_experts(dtype):
     torch.manual_seed(0)
     shape = {"vocab_size": 40, "width": 32, "depth": 3, "heads": 2, "experts": 4, "ffn_width": 64, "expert_width": 32}
-    model, ids = Transformer(ModelConfig(**shape)), torch.randint(0, 40, (2, 12))
+    # every expert is chosen: none can flip where the compiler rounds elsewhere
+    model, ids = Transformer(ModelConfig(**shape, experts_per_token=4)), torch.randint(0, 40, (2, 12))
 
     def gradients():
         model.zero_grad()
@@ -170,7 +171,7 @@ def test_compiled_layers_with_grouped_experts(dtype):
     CompileModel().apply(model)
     for name, gradient in gradients().items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert error < (1e-4 if dtype == torch.float32 else 0.4), name  # bfloat16: roundings, and experts that flip
+        assert error < (1e-4 if dtype == torch.float32 else 0.1), name
 
 
 def test_an_activation_that_learns_is_seen_however_it_is_written():

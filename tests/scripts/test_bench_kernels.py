@@ -373,9 +373,9 @@ def test_names_and_shapes_are_those_that_operations_choose_by(script, bench, mon
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", None)  # whoever looks it up there is not noted below
 
-    def noted(op, backend, device, shape):
+    def noted(op, backend, device, shape, fp8=False):
         asked.append((op, tuple(shape)))
-        return choose(op, backend, device, shape)
+        return choose(op, backend, device, shape, fp8)
 
     for name in ("gemm", "grouped", "grouped_fp8", "logprobs", "permute", "quantise", "rms_norm", "swiglu"):
         monkeypatch.setattr(sys.modules[f"lit_kernels.{name}"], "choose", noted)
