@@ -4,7 +4,8 @@ between, torch's grouped products, and the batched product over padded blocks of
     python scripts/bench_experts.py               # writes benchmarks/experts/DATE-PROCESSOR.json
 
 Forms alternate within a repeat, so that a machine that slows down slows all. E experts, N tokens, K chosen by each, D
-width, F expert width; the experts' loads are uneven.
+width, F expert width. Loads are uneven and every repeat's are its own, as in training: a product of a new shape costs
+a CPU's library up to 5 ms before it begins. `--same` keeps one repeat's choices for all.
 """
 
 from __future__ import annotations
@@ -54,14 +55,21 @@ FORMS: dict[str, Form] = {
 }
 
 
-def problem(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of E, N, K, D, F: leaves (x, weights, gate_up, down), chosen, and the output's gradient."""
+def problem(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Of E, N, K, D, F: leaves (x, weights, gate_up, down) and the output's gradient."""
     torch.manual_seed(0)
     E, N, K, D, width = sizes
     shapes = ((N, D), (N, K), (E, 2 * width, D), (E, D, width))
     leaves = [(torch.randn(shape) / 8).to(dtype).requires_grad_() for shape in shapes]
-    chosen = (torch.randn((N, E)) + torch.randn(E) / 2).topk(K).indices
-    return leaves, chosen, torch.randn(N, D).to(dtype)
+    return leaves, torch.randn(N, D).to(dtype)
+
+
+def choices(sizes: tuple[int, ...], seed: int) -> Tensor:
+    """(N, K), of experts that are liked to different degrees."""
+    generator = torch.Generator().manual_seed(seed)
+    E, N, K = sizes[:3]
+    scores_NE = torch.randn((N, E), generator=generator) + torch.randn(E, generator=generator) / 2
+    return scores_NE.topk(K).indices
 
 
 def timed(form: Form, leaves: list[Tensor], chosen: Tensor, grad: Tensor) -> tuple[float, float]:
@@ -76,10 +84,11 @@ def timed(form: Form, leaves: list[Tensor], chosen: Tensor, grad: Tensor) -> tup
     return middle - start, time.perf_counter() - middle
 
 
-def measure(sizes: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    leaves, chosen, grad = problem(sizes, dtype)
+def measure(sizes: tuple[int, ...], dtype: torch.dtype, repeats: int, same: bool) -> dict[str, Any]:
+    leaves, grad = problem(sizes, dtype)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
     for repeat in range(repeats + 2):  # of which the first two are dropped
+        chosen = choices(sizes, 0 if same else repeat)
         for name, form in FORMS.items():
             seconds = timed(form, leaves, chosen, grad)
             if repeat > 1:
@@ -113,6 +122,7 @@ def main() -> None:
     parser.add_argument("--chosen", type=int, default=4, help="(4)")
     parser.add_argument("--sizes", nargs="+", default=["512x256", "1024x512"], help="D x F (512x256 1024x512)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--same", action="store_true", help="the same choices in every repeat")
     parser.add_argument("--name", help="the JSON's name (date and processor)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -120,7 +130,7 @@ def main() -> None:
     print(f"{'D x F':10} {'form':14} {'forward':>16} {'backward':>16} {'both, ms':>16} {'x loop':>7}   (min / median)")
     for size in args.sizes:
         sizes = (args.experts, args.tokens, args.chosen, *(int(part) for part in size.split("x")))
-        found[size] = measure(sizes, getattr(torch, args.dtype), args.repeats)
+        found[size] = measure(sizes, getattr(torch, args.dtype), args.repeats, args.same)
         for name, one in found[size].items():
             times = (one[key] for key in ("forward_s", "backward_s", "both_s"))
             cells = " ".join(_cell(t) for t in times)

@@ -5,13 +5,15 @@ while its rows are in the cache, and what is as long as all rows together is kep
     backward    the same rows again, from x and from what gate and up gave
 
 Weighting the hidden rows, not the results, leaves the results unneeded in the backward, and their gradient unweighted.
+Experts have as many rows as `sizes.round_up` says: numbers that are new at every step cost a compilation each. A row
+that pads reads the last token of its expert, with a weight of zero, and nobody reads it.
 
-Shapes: N tokens, K experts chosen by each, S = N K rows; E experts, D width, F expert width."""
+Shapes: N tokens, K experts chosen by each, P rows; E experts, D width, F expert width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_kernels.permute import sort_by_expert
+from lit_kernels.sizes import round_up
 
 
 def serves(device: torch.device, dtype: torch.dtype, activation: Callable[[Tensor], Tensor]) -> bool:
@@ -41,9 +44,35 @@ def experts(
     activation: Callable[[Tensor], Tensor] = F.silu,
 ) -> Tensor:
     """See `grouped.experts`; `x_ND` and `weights_NK` have the dtype of the experts."""
-    order_S, ends_E, place_NK = sort_by_expert(experts_NK, len(down_EDF))
-    place_NK = place_NK % max(len(order_S), 1)  # -1, dropped: the last row, which then is nobody's, and zero
-    return _Experts.apply(x_ND, weights_NK, gate_up_EFD, down_EDF, order_S, ends_E.tolist(), place_NK, activation)
+    rows = _deal(experts_NK, len(down_EDF), compiled=x_ND.dtype != torch.float32)
+    return _Experts.apply(x_ND, weights_NK, gate_up_EFD, down_EDF, rows, activation)
+
+
+class _Rows(NamedTuple):
+    """`slices`: each expert that has rows, and which. `choice_P`: which of the N K choices lies at a row. `own_P1`: 0
+    where a row pads, else 1. `place_NK`: each choice's row; P, one behind the last, if it chose no expert."""
+
+    slices: list[tuple[int, slice]]
+    choice_P: Tensor
+    own_P1: Tensor
+    place_NK: Tensor
+
+
+def _deal(experts_NK: Tensor, E: int, compiled: bool) -> _Rows:
+    order_S, ends_E, _ = sort_by_expert(experts_NK, E)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    sizes_E = torch.tensor([round_up(n) if compiled and n else n for n in counts_E.tolist()], dtype=torch.int64)
+    stops_E = sizes_E.cumsum(0)
+    order_S = order_S[: int(counts_E.sum())]
+    place_S = torch.arange(len(order_S)) + (stops_E - sizes_E - ends_E + counts_E).repeat_interleave(counts_E)
+    choice_P = order_S[(ends_E[counts_E > 0] - 1).long()].repeat_interleave(sizes_E[counts_E > 0])
+    choice_P[place_S] = order_S
+    own_P1 = torch.zeros(len(choice_P), 1).index_fill_(0, place_S, 1)
+    place_NK = torch.full_like(experts_NK, len(choice_P), dtype=torch.int64)
+    place_NK.view(-1)[order_S] = place_S
+    stops = stops_E.tolist()
+    slices = [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops], stops, strict=False)) if b > a]
+    return _Rows(slices, choice_P, own_P1, place_NK)
 
 
 class _Experts(torch.autograd.Function):
@@ -54,58 +83,57 @@ class _Experts(torch.autograd.Function):
         weights_NK: Tensor,
         gate_up_EFD: Tensor,
         down_EDF: Tensor,
-        order_S: Tensor,
-        ends: list[int],
-        place_NK: Tensor,
+        rows: _Rows,
         activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        S, D = len(order_S), x_ND.shape[1]
-        token_S = order_S // weights_NK.shape[1]
-        weight_S1 = weights_NK.flatten().index_select(0, order_S)[:, None]
-        gate_up_SF, out_SD = x_ND.new_empty(S, gate_up_EFD.shape[1]), x_ND.new_zeros(S, D)
-        for e, rows in _owned(ends):
-            gate_up = gate_up_SF[rows]
-            torch.mm(x_ND.index_select(0, token_S[rows]), gate_up_EFD[e].t(), out=gate_up)
-            hidden = _hidden(gate_up, activation).mul_(weight_S1[rows])
-            torch.mm(hidden, down_EDF[e].t(), out=out_SD[rows])
-        ctx.save_for_backward(x_ND, gate_up_EFD, down_EDF, order_S, token_S, weight_S1, place_NK, gate_up_SF)
-        ctx.ends, ctx.activation = ends, activation
-        return _summed(out_SD, place_NK)
+        P = len(rows.choice_P)
+        token_P = rows.choice_P // weights_NK.shape[1]
+        weight_P1 = weights_NK.flatten()[rows.choice_P, None] * rows.own_P1.to(weights_NK.dtype)
+        gate_up_PF, out_PD = x_ND.new_empty(P, gate_up_EFD.shape[1]), _with_nobodys(x_ND, P)
+        for e, own in rows.slices:
+            gate_up = gate_up_PF[own]
+            torch.mm(x_ND.index_select(0, token_P[own]), gate_up_EFD[e].t(), out=gate_up)
+            hidden = _hidden(gate_up, activation).mul_(weight_P1[own])
+            torch.mm(hidden, down_EDF[e].t(), out=out_PD[own])
+        ctx.save_for_backward(x_ND, gate_up_EFD, down_EDF, token_P, weight_P1, rows.place_NK, gate_up_PF)
+        ctx.slices, ctx.activation = rows.slices, activation
+        return _summed(out_PD, rows.place_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_up_EFD, down_EDF, order_S, token_S, weight_S1, place_NK, gate_up_SF = ctx.saved_tensors
+        x_ND, gate_up_EFD, down_EDF, token_P, weight_P1, place_NK, gate_up_PF = ctx.saved_tensors
         to_x, _, to_gate_up, to_down = ctx.needs_input_grad[:4]
-        grad_x_SD = x_ND.new_zeros(len(order_S), x_ND.shape[1]) if to_x else None
+        grad_x_PD = _with_nobodys(x_ND, len(token_P)) if to_x else None
         grad_gate_up, grad_down = (
             torch.zeros_like(w, memory_format=torch.contiguous_format) if needed else None
             for w, needed in ((gate_up_EFD, to_gate_up), (down_EDF, to_down))
         )
-        grad_weight_S = weight_S1.new_zeros(len(order_S))
-        for e, rows in _owned(ctx.ends):
-            token, weight = token_S[rows], weight_S1[rows]
+        grad_weight_P = weight_P1.new_zeros(len(token_P) + 1)
+        for e, own in ctx.slices:
+            token, weight = token_P[own], weight_P1[own]
             grad_out = grad_ND.index_select(0, token)
             grad_hidden = torch.mm(grad_out, down_EDF[e])  # of the weighted one
             with torch.enable_grad():
-                gate_up = gate_up_SF[rows].detach().requires_grad_()
+                gate_up = gate_up_PF[own].detach().requires_grad_()
                 hidden = _hidden(gate_up, ctx.activation)
-            grad_weight_S[rows] = (grad_hidden * hidden.detach()).sum(-1)
+            grad_weight_P[own] = (grad_hidden * hidden.detach()).sum(-1)
             if grad_down is not None:
                 torch.mm(grad_out.t(), hidden.detach() * weight, out=grad_down[e])
             (grad_gate_up_rows,) = torch.autograd.grad(hidden, gate_up, grad_hidden.mul_(weight))
             if grad_gate_up is not None:
                 torch.mm(grad_gate_up_rows.t(), x_ND.index_select(0, token), out=grad_gate_up[e])
-            if grad_x_SD is not None:
-                torch.mm(grad_gate_up_rows, gate_up_EFD[e], out=grad_x_SD[rows])
-        grad_weights = torch.empty_like(grad_weight_S).scatter_(0, order_S, grad_weight_S).view(place_NK.shape)
-        grad_x = None if grad_x_SD is None else _summed(grad_x_SD, place_NK)
-        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None, None
+            if grad_x_PD is not None:
+                torch.mm(grad_gate_up_rows, gate_up_EFD[e], out=grad_x_PD[own])
+        grad_x = None if grad_x_PD is None else _summed(grad_x_PD, place_NK)
+        return grad_x, grad_weight_P[place_NK], grad_gate_up, grad_down, None, None
 
 
-def _owned(ends: list[int]) -> list[tuple[int, slice]]:
-    """Each expert that has rows, and which."""
-    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+def _with_nobodys(like: Tensor, P: int) -> Tensor:
+    """(P + 1, D), of which the last row, which stands for no expert, is zero."""
+    rows = like.new_empty(P + 1, like.shape[1])
+    rows[P].zero_()
+    return rows
 
 
 def _hidden(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -113,6 +141,6 @@ def _hidden(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return activation(gate) * up
 
 
-def _summed(rows_SD: Tensor, place_NK: Tensor) -> Tensor:
+def _summed(rows_PD: Tensor, place_NK: Tensor) -> Tensor:
     """In float32, rounded once."""
-    return F.embedding_bag(place_NK, rows_SD, mode="sum")
+    return F.embedding_bag(place_NK, rows_PD, mode="sum")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_reason.models.config import ModelConfig
 
-SLOTS = 16  # positions are read in multiples of this, so that decoding meets few shapes (see `layers.round_up`)
+SLOTS = 16  # positions are read in multiples of this, so that decoding meets few shapes (`lit_kernels.sizes.round_up`)
 
 
 class LatentCache:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from lit_kernels.sizes import round_up
 from torch import Tensor
 
 from lit_reason.models.cache import SLOTS
-from lit_reason.models.layers import round_up
 
 SMALL = 32  # rows under which a cohort's own products cost more than shifting it to its neighbour's slots
 

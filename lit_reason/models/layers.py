@@ -80,13 +80,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of `x` run: autocast's if it is on, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def round_up(n: int) -> int:
-    """n rounded up to one of 8 sizes per octave, 16 at least.
-
-    The CPU's matrix library compiles a kernel for every new shape (about a millisecond and some memory each), so row
-    counts that change at every call must fall on few values.
-    """
-    step = max(16, 1 << max(n.bit_length() - 4, 0))
-    return -(-n // step) * step

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from lit_kernels.sizes import round_up
 from torch import Tensor, nn
 
 from lit_reason.models.config import ModelConfig
-from lit_reason.models.layers import SwiGLU, compute_dtype, round_up, silu_mul
+from lit_reason.models.layers import SwiGLU, compute_dtype, silu_mul
 
 
 @dataclass(slots=True)

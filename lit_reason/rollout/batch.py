@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
+from lit_kernels.sizes import round_up
 from torch import Tensor
 
 from lit_reason.models import CausalLM, Transformer
 from lit_reason.models.absorbed import Absorbed
 from lit_reason.models.block import Block
 from lit_reason.models.cohorts import Cohort, Cohorts
-from lit_reason.models.layers import round_up
 
 Ids = Sequence[tuple[int, ...]]
 

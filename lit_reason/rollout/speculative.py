@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from lit_kernels.sizes import round_up
 from torch import Tensor
 
 from lit_reason.models import Transformer
-from lit_reason.models.layers import round_up
 from lit_reason.rollout.sampling import Sampling, draw
 
 Rows = list[tuple[list[int], list[float], bool]]
