@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import kernels_record, kernels_report
+from bench import experts_report, kernels_record, kernels_report
 from studies import fp8, gdpo, learning
 
 from lit_reason.report.metrics import markdown_table
@@ -217,6 +217,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"metrics": markdown_table, "rl_step": newest_benchmark},
     "docs/mup.md": {"lr_transfer": lr_transfer, "coord": coordinate_check, "in_use": in_use, "balance": balance},
     "benchmarks/README.md": {"drafts": drafts, "kernels": kernels},
+    "docs/kernels.md": {
+        "layer": experts_report.layer_table,
+        "step": experts_report.step_table,
+        "project": experts_report.project_table,
+    },
     "docs/studies/gdpo.md": {name: gdpo_table(table) for name, table in gdpo.TABLES.items()},
     **{f"docs/studies/{name}.md": learning.tables(name) for name in learning.STUDIES},
 }
