@@ -81,7 +81,7 @@ def permute(x_ND: Tensor, experts_NK: Tensor, E: int, backend: str = "auto") -> 
     if _backend("permute", backend, x_ND, experts_NK) == "torch":
         return permute_reference(x_ND, experts_NK, E)
     _, ends_E, place_NK = sort_by_expert(experts_NK, E)
-    return Permuted(_permute(x_ND, place_NK), ends_E, place_NK)
+    return Permuted(_permute(x_ND, place_NK, ends_E), ends_E, place_NK)
 
 
 @torch.no_grad()
@@ -95,14 +95,15 @@ def permute_quantised(
     if _backend("permute", backend, x_ND, experts_NK, fp8=True) == "torch":
         return permute_quantised_reference(x_ND, experts_NK, E, kind)
     _, ends_E, place_NK = sort_by_expert(experts_NK, E)
-    return PermutedQuantised(Quantised(*_permute_quantised(x_ND, place_NK, kind)), ends_E, place_NK)
+    return PermutedQuantised(Quantised(*_permute_quantised(x_ND, place_NK, ends_E, kind)), ends_E, place_NK)
 
 
 def unpermute(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor, backend: str = "auto") -> Tensor:
     """sum_k weight_k * row of place_k for each token, (N, D) of rows' dtype; summed in float32, rounded once.
 
     Args:
-        place_NK: each row at most once; -1 counts for nothing, and that weight's gradient is 0.
+        place_NK: as `permute` made it, no row twice and those of nobody last; -1 counts for nothing, and that
+            weight's gradient is 0.
 
     Raises:
         ValueError: place and weights have different shapes.
@@ -127,14 +128,14 @@ def _behind(ends_E: Tensor, S: int) -> Tensor:
 
 
 @torch.library.custom_op("lit_kernels::permute", mutates_args=())
-def _permute(x: Tensor, place: Tensor) -> Tensor:
+def _permute(x: Tensor, place: Tensor, ends: Tensor) -> Tensor:
     from lit_kernels.gpu import permute
 
-    return permute.permute(x, place)
+    return permute.permute(x, place, ends)
 
 
 @_permute.register_fake
-def _(x: Tensor, place: Tensor) -> Tensor:
+def _(x: Tensor, place: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(place.numel(), x.shape[1])
 
 
@@ -151,20 +152,20 @@ def _(grad: Tensor, place: Tensor) -> Tensor:
 
 
 _permute.register_autograd(
-    lambda ctx, grad: (_permute_backward(grad, *ctx.saved_tensors), None),
+    lambda ctx, grad: (_permute_backward(grad, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
 )
 
 
 @torch.library.custom_op("lit_kernels::permute_quantised", mutates_args=())
-def _permute_quantised(x: Tensor, place: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _permute_quantised(x: Tensor, place: Tensor, ends: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     from lit_kernels.gpu import permute
 
-    return permute.permute_quantised(x, place, kind == "power of two")
+    return permute.permute_quantised(x, place, ends, kind == "power of two")
 
 
 @_permute_quantised.register_fake
-def _(x: Tensor, place: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, place: Tensor, ends: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     S, D = place.numel(), x.shape[1]
     return x.new_empty(S, D, dtype=E4M3), x.new_empty((D + BLOCK - 1) // BLOCK, S, dtype=torch.float32).t()
 

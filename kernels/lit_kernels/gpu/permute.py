@@ -3,7 +3,8 @@
 """Triton kernels that move tokens to their experts and back; `permute.py` says what they compute.
 
 A program belongs to a token: its row is read or written once, its K rows of the experts K times. Whoever writes rows
-writes zeros to those of nobody, too: a program looks after EACH of them, next to each other, whosever they are.
+writes zeros to those of nobody, too, which lie behind the last of an expert: a program looks after EACH rows next to
+each other, whosever they are.
 
 Shapes: N tokens, K choices of each, S rows, D columns."""
 
@@ -27,24 +28,23 @@ def _clear(rows, owned, S, D, d, EACH: tl.constexpr):
     zeros = tl.zeros(d.shape, rows.dtype.element_ty)
     for i in tl.static_range(EACH):
         s = tl.program_id(0).to(tl.int64) * EACH + i
-        free = (tl.load(owned + s, mask=s < S, other=1) == 0) & (d < D)
-        tl.store(rows + s * D + d, zeros, mask=free)
+        tl.store(rows + s * D + d, zeros, mask=(s >= owned) & (s < S) & (d < D))
 
 
 @triton.jit
-def _spread(x, place, owned, rows, S, D, K: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr):
+def _spread(x, place, last, rows, S, D, K: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.load(x + n * D + d, mask=d < D, other=0.0)
     for k in tl.static_range(K):
         s = tl.load(place + n * K + k).to(tl.int64)
         tl.store(rows + s * D + d, row, mask=(s >= 0) & (d < D))
-    _clear(rows, owned, S, D, d, EACH)
+    _clear(rows, tl.load(last), S, D, d, EACH)
 
 
 @triton.jit
 def _spread_quantised(
-    x, place, owned, values, scales, S, D,
+    x, place, last, values, scales, S, D,
     K: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -58,12 +58,12 @@ def _spread_quantised(
         s = tl.load(place + n * K + k).to(tl.int64)
         tl.store(values + s * D + d, quantised, mask=(s >= 0) & (d < D))
         tl.store(scales + block.to(tl.int64) * S + s, scale, mask=(s >= 0) & there)
+    owned = tl.load(last)
     _clear(values, owned, S, D, d, EACH)
     smallest, _ = _scales(tl.zeros((BLOCKS,), tl.float32), POWER_OF_TWO)
     for i in tl.static_range(EACH):
         s = n * EACH + i
-        free = tl.load(owned + s, mask=s < S, other=1) == 0
-        tl.store(scales + block.to(tl.int64) * S + s, smallest, mask=free & there)
+        tl.store(scales + block.to(tl.int64) * S + s, smallest, mask=(s >= owned) & (s < S) & there)
 
 
 @triton.jit
@@ -80,13 +80,14 @@ def _collect(rows, place, weights, out, D, K: tl.constexpr, WEIGHTED: tl.constex
 
 @triton.jit
 def _collect_backward(
-    grad, rows, place, weights, owned, grad_rows, grad_weights, S, D,
+    grad, rows, place, weights, last, grad_rows, grad_weights, S, D,
     K: tl.constexpr, CHOICES: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, CHOICES)
     s = tl.load(place + n * K + k, mask=k < K, other=-1).to(tl.int64)
     weight = tl.load(weights + n * K + k, mask=k < K, other=0.0).to(tl.float32)
+    owned = tl.load(last)
     products = tl.zeros((CHOICES, COLUMNS), tl.float32)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
@@ -102,25 +103,25 @@ def _collect_backward(
 
 
 @on_its_device
-def permute(x_ND: Tensor, place_NK: Tensor) -> Tensor:
+def permute(x_ND: Tensor, place_NK: Tensor, ends_E: Tensor) -> Tensor:
     """(N K, D), each token's row at each of its places."""
     (N, D), (_, K) = x_ND.shape, place_NK.shape
     rows = x_ND.new_empty(N * K, D)
     if rows.numel():
         grid = (N, triton.cdiv(D, COLUMNS))
-        _spread[grid](x_ND.contiguous(), place_NK.contiguous(), _owned(place_NK, N * K), rows, N * K, D, K, K, COLUMNS)
+        _spread[grid](x_ND.contiguous(), place_NK.contiguous(), ends_E[-1:], rows, N * K, D, K, K, COLUMNS)
     return rows
 
 
 @on_its_device
-def permute_quantised(x_ND: Tensor, place_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def permute_quantised(x_ND: Tensor, place_NK: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Values (N K, D) and scales (N K, D / 128)."""
     (N, D), (_, K) = x_ND.shape, place_NK.shape
     values = x_ND.new_empty(N * K, D, dtype=E4M3)
     scales_dS = x_ND.new_empty(triton.cdiv(D, BLOCK), N * K, dtype=torch.float32)
     if values.numel():
         _spread_quantised[(N, triton.cdiv(D, COLUMNS))](
-            x_ND.contiguous(), place_NK.contiguous(), _owned(place_NK, N * K), values, scales_dS, N * K, D,
+            x_ND.contiguous(), place_NK.contiguous(), ends_E[-1:], values, scales_dS, N * K, D,
             K, K, COLUMNS // BLOCK, BLOCK, power_of_two,
         )  # fmt: skip
     return values, scales_dS.t()
@@ -148,13 +149,7 @@ def unpermute_backward(grad_ND: Tensor, rows_SD: Tensor, place_NK: Tensor, weigh
     grad_rows, grad_weights = rows_SD.new_empty(S, D), weights_NK.new_empty(N, K)
     _collect_backward[(N,)](
         grad_ND.contiguous(), rows_SD.contiguous(), place_NK.contiguous(), weights_NK.contiguous(),
-        _owned(place_NK, S), grad_rows, grad_weights, S, D,
+        (place_NK >= 0).sum(dtype=torch.int32), grad_rows, grad_weights, S, D,
         K, triton.next_power_of_2(K), triton.cdiv(S, N), COLUMNS // 2,
     )  # fmt: skip
     return grad_rows, grad_weights
-
-
-def _owned(place_NK: Tensor, S: int) -> Tensor:
-    """int8 (S,), 1 for a row that is some choice's."""
-    owned = place_NK.new_zeros(S + 1, dtype=torch.int8)  # the last for those of none
-    return owned.index_fill_(0, place_NK.flatten().masked_fill(place_NK.flatten() < 0, S), 1)[:S]

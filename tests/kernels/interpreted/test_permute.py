@@ -136,11 +136,11 @@ def test_no_tokens_no_rows_and_other_strides():
 
 def test_operations_are_registered_as_they_behave():
     x, experts, weights = problem(6, 2, 3, 40, torch.float32)
-    rows, _, place = permute_reference(x, experts, 3)
+    rows, ends, place = permute_reference(x, experts, 3)
     ops = torch.ops.lit_kernels
-    torch.library.opcheck(ops.permute.default, (x.clone().requires_grad_(), place))
+    torch.library.opcheck(ops.permute.default, (x.clone().requires_grad_(), place, ends))
     torch.library.opcheck(ops.permute_backward.default, (rows, place))
-    torch.library.opcheck(ops.permute_quantised.default, (x, place, "float"))
+    torch.library.opcheck(ops.permute_quantised.default, (x, place, ends, "float"))
     torch.library.opcheck(ops.unpermute.default, (rows.clone().requires_grad_(), place, weights.requires_grad_()))
     torch.library.opcheck(ops.unpermute_backward.default, (x, rows, place, weights.detach()))
 

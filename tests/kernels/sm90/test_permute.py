@@ -12,7 +12,7 @@ TYPES = {
     "weights": "*fp32",
     "grad_weights": "*fp32",
     "place": "*i64",
-    "owned": "*i8",
+    "last": "*i32",
     "values": "*fp8e4nv",
     "scales": "*fp32",
 }
