@@ -6,7 +6,7 @@ The shelf's model (conf/model/arith_1m.yaml) reads the questions and solutions o
 `kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block scales in all three products of every linear layer
 and expert; embedding, head, gates, norms and attention stay), at the speed of a CPU. The bound is DeepSeek-V3's: a
 relative difference of the loss below 0.25% (2412.19437 section 3.3). A third arm, bfloat16 with other kernels
-(`kernels=auto`), says how far rounding alone drives two runs apart.
+(`kernels=auto`), says how far rounding alone drives two runs apart: further at higher learning rates.
 
 Written are benchmarks/studies/fp8_pretraining.json, docs/studies/fp8_pretraining.svg and the table of the page.
 """
@@ -75,15 +75,15 @@ def batches(path: Path, seed: int, steps: int) -> list[TokenBatch]:
     return [TokenBatch(row[:, :-1], row[:, 1:], torch.ones(ROWS, LENGTH)) for row in rows]
 
 
-def losses(path: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
+def losses(path: Path, rate: float, arm: str, seed: int, steps: int) -> dict[str, Any]:
     """A run's losses and the code's commit; trained if that was not done before."""
-    found = FOLDER / f"{ARMS[arm]}-{path.stem}-{steps}-{seed}.json"
+    found = FOLDER / f"{ARMS[arm]}-{path.stem}-{steps}-{rate:g}-{seed}.json"
     if not found.exists():
-        print(f"{arm}, seed {seed}", flush=True)
+        print(f"rate {rate:g}, {arm}, seed {seed}", flush=True)
         L.seed_everything(seed, verbose=False)
         cfg = compose("train", ["model=arith_1m", f"kernels={ARMS[arm]}"])
         module = PretrainModule(
-            Transformer(build(cfg, "model")), AdamW(lr=0.004, schedule="linear", warmup_steps=50, final_fraction=0.03)
+            Transformer(build(cfg, "model")), AdamW(lr=rate, schedule="linear", warmup_steps=50, final_fraction=0.03)
         )
         seen, kernels = Losses(), list(build(cfg, "kernels").values()) if cfg.kernels else []
         L.Trainer(
@@ -101,22 +101,27 @@ def losses(path: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
     return json.loads(found.read_text())
 
 
-def draw(curves: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
-    """Losses, and their relative difference over running means."""
-    figure = new_figure(9, 3.2, "Pretraining in FP8 and in bfloat16")
-    loss, difference = figure.subplots(1, 2)
-    plot.band(loss, curves, WARMUP // 2)
-    plot.tidy(loss, "loss (nats per byte)", f"step (running means over {WARMUP // 2})")
-    base, *others = curves
-    relative = {
-        arm: {seed: _percent_over(curve, curves[base][seed]) for seed, curve in curves[arm].items()} for arm in others
-    }
-    places = [range(WARMUP + 1, WARMUP + 1 + len(next(iter(runs.values())))) for runs in relative.values()]
-    plot.band(difference, relative, 1, plot.COLOURS[1:], places)
-    for sign in (-1, 1):
-        difference.axhline(sign * 100 * BOUND, color=plot.GREY, linewidth=0.8, linestyle="--")
-    plot.tidy(difference, f"minus {base}'s (%)", f"step (means over the last {TAIL}, from {WARMUP} on)")
-    loss.legend(fontsize=8, frameon=False)
+def draw(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: Path) -> None:
+    """Losses, and for each rate their relative difference over running means. {rate: {arm: {seed: losses}}}."""
+    figure = new_figure(3 + 2.5 * len(curves), 2.8, "Pretraining in FP8 and in bfloat16")
+    loss, *differences = figure.subplots(1, 1 + len(curves))
+    for rate, arms in curves.items():
+        two = {f"{arm}, {rate}": runs for arm, runs in list(arms.items())[:2]}
+        plot.band(loss, two, WARMUP // 2, plot.COLOURS[2 * list(curves).index(rate) :])
+    plot.tidy(loss, "loss (nats per byte)", f"step (means over {WARMUP // 2})")
+    loss.legend(fontsize=6, frameon=False)
+    for ax, (rate, arms) in zip(differences, curves.items(), strict=True):
+        base, *others = arms
+        relative = {
+            arm: {seed: _percent_over(curve, arms[base][seed]) for seed, curve in arms[arm].items()} for arm in others
+        }
+        places = [range(WARMUP + TAIL, WARMUP + TAIL + len(next(iter(runs.values())))) for runs in relative.values()]
+        plot.band(ax, relative, 1, plot.COLOURS[1:], places)
+        for sign in (-1, 1):
+            ax.axhline(sign * 100 * BOUND, color=plot.GREY, linewidth=0.8, linestyle="--")
+        ax.set_ylim(-2, 2)
+        plot.tidy(ax, f"minus {base}'s (%), rate {rate}", f"step (means over the last {TAIL})")
+        ax.legend(fontsize=6, frameon=False)
     plot.save_svg(figure, path)
 
 
@@ -125,12 +130,13 @@ def _percent_over(losses: Sequence[float], base: Sequence[float]) -> list[float]
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    return [statistics.fmean(losses[max(WARMUP, end - TAIL) : end]) for end in range(WARMUP + 1, len(losses) + 1)]
+    return [statistics.fmean(losses[end - TAIL : end]) for end in range(WARMUP + TAIL, len(losses) + 1)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a JSONL file with question and answer, e.g. GSM8K's train.jsonl")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004], help="(0.001 0.002 0.004)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--steps", type=int, default=520, help="(520)")
     args = parser.parse_args(argv)
@@ -138,13 +144,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--steps {args.steps}: valid: {WARMUP + TAIL} or more")
     if not args.text.is_file():
         parser.error(f"{args.text} is no file; GSM8K's train.jsonl is at https://github.com/openai/grade-school-math")
-    runs = {(arm, seed): losses(args.text, arm, seed, args.steps) for seed in args.seeds for arm in ARMS}
-    curves = {arm: {seed: runs[arm, seed]["losses"] for seed in args.seeds} for arm in ARMS}
+    runs = {
+        (f"{rate:g}", arm, seed): losses(args.text, rate, arm, seed, args.steps)
+        for rate in args.rates
+        for seed in args.seeds
+        for arm in ARMS
+    }
+    curves = {
+        rate: {arm: {seed: runs[rate, arm, seed]["losses"] for seed in args.seeds} for arm in ARMS}
+        for rate in (f"{rate:g}" for rate in args.rates)
+    }
     record: dict[str, Any] = {
         **circumstances("cpu"),
         "commits": sorted({found["commit"] for found in runs.values()}),
-        "settings": {"seeds": args.seeds, "steps": args.steps, "kernels": ARMS, "text": args.text.name},
-        "summary": summary(curves),
+        "settings": {
+            "rates": args.rates,
+            "seeds": args.seeds,
+            "steps": args.steps,
+            "kernels": ARMS,
+            "text": args.text.name,
+        },
+        "summary": {rate: summary(arms) for rate, arms in curves.items()},
         "losses": curves,
     }
     write_json(RECORD, record)

@@ -43,21 +43,26 @@ def pretraining_table() -> str:
         return "Not measured yet."
     record = json.loads(RECORD.read_text())
     lines = [
-        f"| | loss, last {TAIL} steps | minus bfloat16's | largest of any {TAIL} steps | below {BOUND:.2%} |",
-        "|---|---|---|---|---|",
+        f"| rate | | loss, last {TAIL} steps | minus bfloat16's | largest of any {TAIL} steps | within {BOUND:.2%} |",
+        "|---|---|---|---|---|---|",
     ]
-    for arm, row in record["summary"].items():
-        loss = Interval(**row["loss"]).text(".4f")
-        if "relative" not in row:
-            lines.append(f"| {arm} | {loss} | | | |")
-            continue
-        relative = Interval(*(100 * row["relative"][key] for key in ("mean", "low", "high")))
-        met = max(abs(row["relative"]["low"]), abs(row["relative"]["high"])) < BOUND
-        cells = [arm, loss, f"{relative.text('+.3f')} %", f"{row['largest']:.3%}", "yes" if met else "no"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for rate, found in record["summary"].items():
+        for arm, row in found.items():
+            cells = [rate, arm, Interval(**row["loss"]).text(".4f"), "", "", ""]
+            if "relative" in row:
+                relative = Interval(*(100 * row["relative"][key] for key in ("mean", "low", "high")))
+                cells[3:] = f"{relative.text('+.3f')} %", f"{row['largest']:.3%}", verdict(relative, 100 * BOUND)
+            lines.append(f"| {' | '.join(cells)} |")
     settings = record["settings"]
     return "\n".join([
         *lines, "",
         f"{settings['steps']} steps, seeds {', '.join(map(str, settings['seeds']))}; 95% intervals over seeds; "
         f"{record['machine']['device']}, torch {record['versions']['torch']}, {record['date'][:10]}.",
     ])  # fmt: skip
+
+
+def verdict(relative: Interval, bound: float) -> str:
+    """Whether the whole interval lies within the bound, or beyond it."""
+    if -bound < relative.low and relative.high < bound:
+        return "yes"
+    return "no" if relative.low > bound or relative.high < -bound else "not shown"
