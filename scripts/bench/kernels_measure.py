@@ -1,7 +1,7 @@
 """How one case of bench_kernels.py is measured: ours and its rivals in turn, then the result against a reference.
 
-Every repetition of a side is preceded by a write of 1 GiB, which empties the L2 cache and keeps the GPU busy for some
-0.3 ms while Python enqueues what is timed; CUDA events stand around that alone. The order of the sides turns round with
+Every repetition of a side is preceded by a write of 1 GiB, which empties the L2 cache, and a wait of about 2 ms on the
+GPU, in which Python enqueues what is timed; CUDA events stand around that alone. The order of the sides turns round with
 every repetition.
 
 Needs torch and triton only."""
@@ -18,6 +18,7 @@ import torch
 from bench.kernels_compare import Checks, closeness, same
 
 FLUSH = 1 << 30  # bytes
+WAIT = 4_000_000  # cycles
 COPIED = 1 << 30  # bytes of the copy whose bandwidth is the measure of others
 LEAST, MOST = 5, 60  # repetitions
 OURS, COPY = "triton", "copy"  # names of sides
@@ -189,6 +190,7 @@ def one_round(sides: Mapping[str, Run], place: Place) -> dict[str, float]:
     flush = torch.empty(FLUSH, dtype=torch.int8, device=place.device)
     for name, run in sides.items():
         flush.zero_()
+        torch.cuda._sleep(WAIT)
         events[name][0].record()
         run()
         events[name][1].record()
