@@ -1,20 +1,29 @@
-"""A layer's experts on a CPU, forward and backward: the loop over them, a product per expert without autograd in
-between, torch's grouped products, and the batched product over padded blocks of `lit_reason.models.moe.Experts`.
+"""A layer's experts on a CPU, forward and backward: loops over them, a product per expert without autograd in between,
+torch's grouped products, and the batched product over padded blocks of `lit_reason.models.moe.Experts`.
 
     python scripts/bench_experts.py               # writes benchmarks/experts/DATE-PROCESSOR.json
 
-Forms alternate within a repeat, so that a machine that slows down slows all. E experts, N tokens, K chosen by each, D
-width, F expert width. Loads are uneven and every repeat's are its own, as in training: a product of a new shape costs
-a CPU's library up to 5 ms before it begins. `--same` keeps one repeat's choices for all.
+E experts, N tokens, K chosen by each, D width, F expert width. Loads are uneven and those of every repeat its own, as
+in training: a bfloat16 product of a new shape costs a CPU's library some milliseconds before it begins. `--known` runs
+each repeat's choices once before they are timed, and so leaves that out. Every form has a process of its own, as what
+one has compiled would serve another; processes take turns.
+
+The first loop takes a matrix of the stack as transformers does, `stack[e]`, for whose gradient autograd fills a stack
+of zeros per expert; the second takes the stack apart once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +35,22 @@ from lit_kernels.grouped import experts_reference, grouped_mm
 from lit_kernels.permute import permute, unpermute
 from torch import Tensor
 
+import lit_reason
+from lit_reason.cli.stages import commit
 from lit_reason.models.moe import Experts, Routing
 
 ROOT = Path(__file__).resolve().parent.parent
 Form = Callable[..., Tensor]
+
+
+def unbound(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`experts_reference`, with the stacks taken apart once."""
+    out = torch.zeros_like(x)
+    for e, (to_hidden, to_out) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
+        token, k = torch.where(chosen == e)
+        gate, up = F.linear(x[token], to_hidden).chunk(2, dim=-1)
+        out = out.index_add(0, token, F.linear(F.silu(gate) * up, to_out) * weights[token, k, None])
+    return out
 
 
 def grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -47,8 +68,10 @@ def padded(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Te
     )
 
 
+LOOPS = ("loop", "loop, unbound")
 FORMS: dict[str, Form] = {
     "loop": experts_reference,
+    "loop, unbound": unbound,
     "one by one": one_by_one.experts,  # type: ignore[assignment]
     "F.grouped_mm": grouped,
     "padded bmm": padded,
@@ -84,25 +107,41 @@ def timed(form: Form, leaves: list[Tensor], chosen: Tensor, grad: Tensor) -> tup
     return middle - start, time.perf_counter() - middle
 
 
-def measure(sizes: tuple[int, ...], dtype: torch.dtype, repeats: int, same: bool) -> dict[str, Any]:
-    leaves, grad = problem(sizes, dtype)
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
-    for repeat in range(repeats + 2):  # of which the first two are dropped
-        chosen = choices(sizes, 0 if same else repeat)
-        for name, form in FORMS.items():
-            seconds = timed(form, leaves, chosen, grad)
-            if repeat > 1:
-                runs[name].append(seconds)
-    ratios = {
-        name: spread([sum(loop) / sum(run) for loop, run in zip(runs["loop"], found, strict=True)])
-        for name, found in runs.items()
-    }
+def one_process(form: str, sizes: tuple[int, ...], args: argparse.Namespace, first: int) -> list[tuple[float, float]]:
+    """Seconds of each repeat, the choices' seeds counted from `first`; two repeats before them are dropped."""
+    torch.set_num_threads(args.threads)
+    leaves, grad = problem(sizes, getattr(torch, args.dtype))
+    runs = []
+    for seed in range(first, first + args.repeats + 2):
+        chosen = choices(sizes, seed)
+        if args.known:
+            timed(FORMS[form], leaves, chosen, grad)
+        runs.append(timed(FORMS[form], leaves, chosen, grad))
+    return runs[2:]
+
+
+def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Of every form: all seconds, their spreads, and how many times the loops' speed, process by process."""
+    runs: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in FORMS}
+    for turn in range(args.processes):
+        for name in FORMS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--form", name, "--sizes", size, "--turn", str(turn)]
+            env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+            done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name} at {size} failed:\n{done.stderr[-3000:]}")
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {name: [statistics.median(map(sum, run)) for run in found] for name, found in runs.items()}
     return {
         name: {
-            "forward_s": spread([run[0] for run in found]),
-            "backward_s": spread([run[1] for run in found]),
-            "both_s": spread([sum(run) for run in found]),
-            "times_the_loop": ratios[name],
+            **{
+                key: spread([pick(seconds) for run in found for seconds in run])
+                for key, pick in (("forward_s", itemgetter(0)), ("backward_s", itemgetter(1)), ("both_s", sum))
+            },
+            **{
+                f"times_the_{loop}": spread([a / b for a, b in zip(medians[loop], medians[name], strict=True)])
+                for loop in LOOPS
+            },
             "runs": found,
         }
         for name, found in runs.items()
@@ -115,32 +154,47 @@ def _cell(seconds: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="(7)")
+    parser.add_argument("--processes", type=int, default=3, help="of each form (3)")
+    parser.add_argument("--repeats", type=int, default=5, help="in each (5)")
     parser.add_argument("--threads", type=int, default=2, help="(2)")
     parser.add_argument("--experts", type=int, default=32, help="(32)")
     parser.add_argument("--tokens", type=int, default=4096, help="(4096)")
     parser.add_argument("--chosen", type=int, default=4, help="(4)")
     parser.add_argument("--sizes", nargs="+", default=["512x256", "1024x512"], help="D x F (512x256 1024x512)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--same", action="store_true", help="the same choices in every repeat")
+    parser.add_argument("--known", action="store_true", help="every product was compiled before it is timed")
     parser.add_argument("--name", help="the JSON's name (date and processor)")
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    shapes = {size: (args.experts, args.tokens, args.chosen, *map(int, size.split("x"))) for size in args.sizes}
+    if args.form:
+        first = 1000 * args.turn
+        print(json.dumps(one_process(args.form, shapes[args.sizes[0]], args, first)))
+        return
     found = {}
-    print(f"{'D x F':10} {'form':14} {'forward':>16} {'backward':>16} {'both, ms':>16} {'x loop':>7}   (min / median)")
+    heads = " ".join(f"{head:>16}" for head in ("forward", "backward", "both, ms"))
+    print(f"{'D x F':10} {'form':14} {heads}  x loop x unbound   (min / median)")
     for size in args.sizes:
-        sizes = (args.experts, args.tokens, args.chosen, *(int(part) for part in size.split("x")))
-        found[size] = measure(sizes, getattr(torch, args.dtype), args.repeats, args.same)
+        found[size] = measure(size, args)
         for name, one in found[size].items():
-            times = (one[key] for key in ("forward_s", "backward_s", "both_s"))
-            cells = " ".join(_cell(t) for t in times)
-            print(f"{size:10} {name:14} {cells} {one['times_the_loop']['median']:7.2f}", flush=True)
-    record = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine(), "settings": vars(args)}
+            cells = " ".join(_cell(one[key]) for key in ("forward_s", "backward_s", "both_s"))
+            ratios = [one[f"times_the_{loop}"]["median"] for loop in LOOPS]
+            print(f"{size:10} {name:14} {cells} {ratios[0]:7.2f} {ratios[1]:9.2f}", flush=True)
+    loads = [choices(shape, seed).flatten().bincount() for shape in shapes.values() for seed in range(args.repeats)]
+    settings = {key: value for key, value in vars(args).items() if key not in ("form", "turn", "name")}
+    record = {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "commit": commit(),
+        "versions": {"torch": torch.__version__, "lit_reason": lit_reason.__version__},
+        "machine": machine(),
+        "settings": settings,
+        "largest_over_mean_load": spread([float(load.max() / load.float().mean()) for load in loads]),
+        "found": found,
+    }
     cpu = re.sub(r"\W+", "-", record["machine"]["cpu"].replace("(R)", "")).strip("-").lower()
-    folder = ROOT / "benchmarks" / "experts"
-    folder.mkdir(exist_ok=True)
-    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", folder)
-    path.write_text(json.dumps({**record, "found": found}, indent=1) + "\n")
+    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", ROOT / "benchmarks" / "experts")
+    path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
 
 

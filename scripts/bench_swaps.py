@@ -17,20 +17,25 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bench_rl_step import free_path, machine, spread
 
+from lit_reason.cli.stages import commit
+
 ROOT = Path(__file__).resolve().parent.parent
+OURS = "both callbacks"
 SIDES = {
-    "transformers, eager": ("eager", False),
-    "transformers, grouped_mm": ("grouped_mm", False),
-    "with callbacks": ("eager", True),
+    "transformers, eager": ("eager", ()),
+    "transformers, grouped_mm": ("grouped_mm", ()),
+    "GroupedGEMM": ("eager", ("GroupedGEMM",)),
+    OURS: ("eager", ("GroupedGEMM", "FusedLogProb")),
 }
 
 
-def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[str, Any]:
+def one_side(experts: str, swaps: list[str], steps: int, precision: str) -> dict[str, Any]:
     """Trains in this process. Losses of all steps; median seconds of a step after the first two."""
     import lightning as L
     import torch
@@ -39,7 +44,7 @@ def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[
     sys.path.insert(0, str(ROOT / "examples"))
     from transformers_moe import EXPERTS, SIZES, Project  # type: ignore[import-not-found]
 
-    from lit_reason.callbacks import FusedLogProb, GroupedGEMM
+    from lit_reason import callbacks
 
     class Clock(L.Callback):
         def __init__(self) -> None:
@@ -58,7 +63,7 @@ def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[
         max_epochs=1,
         precision=precision,  # type: ignore[arg-type]
         accelerator="cpu",
-        callbacks=[clock, *([GroupedGEMM(), FusedLogProb()] if callbacks else [])],
+        callbacks=[clock, *(getattr(callbacks, name)() for name in swaps)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -71,8 +76,8 @@ def one_side(experts: str, callbacks: bool, steps: int, precision: str) -> dict[
 
 
 def measure(side: str, steps: int, precision: str) -> dict[str, Any]:
-    experts, callbacks = SIDES[side]
-    command = [sys.executable, __file__, "--side", experts, str(int(callbacks)), "--steps", str(steps)]
+    experts, swaps = SIDES[side]
+    command = [sys.executable, __file__, "--side", experts, *swaps, "--steps", str(steps)]
     env = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     done = subprocess.run([*command, "--precision", precision], capture_output=True, text=True, env=env, check=False)
     if done.returncode:
@@ -86,10 +91,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="(6)")
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
     parser.add_argument("--name", help="the JSON's name (date and processor)")
-    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(one_side(args.side[0], args.side[1] == "1", args.steps, args.precision)))
+        print(json.dumps(one_side(args.side[0], args.side[1:], args.steps, args.precision)))
         return 0
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for repeat in range(args.repeats):
@@ -100,9 +105,10 @@ def main() -> int:
         side: {key: spread([run[key] for run in found]) for key in ("step_s", "memory_mib")}
         for side, found in runs.items()
     }
-    ours = runs["with callbacks"]
-    for side in list(SIDES)[:2]:
-        pairs = list(zip(ours, runs[side], strict=True))
+    for side in SIDES:
+        if side == OURS:
+            continue
+        pairs = list(zip(runs[OURS], runs[side], strict=True))
         summary[f"against {side}"] = {
             "speed": spread([theirs["step_s"] / mine["step_s"] for mine, theirs in pairs]),
             "memory": spread([mine["memory_mib"] / theirs["memory_mib"] for mine, theirs in pairs]),
@@ -111,7 +117,13 @@ def main() -> int:
             ),
         }
     print(json.dumps(summary, indent=1))
-    record = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine(), "settings": vars(args)}
+    record = {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "commit": commit(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "lightning")},
+        "machine": machine(),
+        "settings": {key: value for key, value in vars(args).items() if key not in ("side", "name")},
+    }
     cpu = re.sub(r"\W+", "-", record["machine"]["cpu"].replace("(R)", "")).strip("-").lower()
     path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", ROOT / "benchmarks" / "swaps")
     path.write_text(json.dumps({**record, "summary": summary, "runs": runs}, indent=1) + "\n")

@@ -102,13 +102,11 @@ def losses(path: Path, rate: float, arm: str, seed: int, steps: int) -> dict[str
 
 
 def draw(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: Path) -> None:
-    """Losses, and for each rate their relative difference over running means. {rate: {arm: {seed: losses}}}."""
+    """The first arm's losses, and for each rate the others' relative difference. {rate: {arm: {seed: losses}}}."""
     figure = new_figure(3 + 2.5 * len(curves), 2.8, "Pretraining in FP8 and in bfloat16")
     loss, *differences = figure.subplots(1, 1 + len(curves))
-    for rate, arms in curves.items():
-        two = {f"{arm}, {rate}": runs for arm, runs in list(arms.items())[:2]}
-        plot.band(loss, two, WARMUP // 2, plot.COLOURS[2 * list(curves).index(rate) :])
-    plot.tidy(loss, "loss (nats per byte)", f"step (means over {WARMUP // 2})")
+    plot.band(loss, {f"rate {rate}": next(iter(arms.values())) for rate, arms in curves.items()}, WARMUP // 2)
+    plot.tidy(loss, "bfloat16's loss (nats per byte)", f"step (means over {WARMUP // 2})")
     loss.legend(fontsize=6, frameon=False)
     for ax, (rate, arms) in zip(differences, curves.items(), strict=True):
         base, *others = arms
@@ -119,7 +117,6 @@ def draw(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path
         plot.band(ax, relative, 1, plot.COLOURS[1:], places)
         for sign in (-1, 1):
             ax.axhline(sign * 100 * BOUND, color=plot.GREY, linewidth=0.8, linestyle="--")
-        ax.set_ylim(-2, 2)
         plot.tidy(ax, f"minus {base}'s (%), rate {rate}", f"step (means over the last {TAIL})")
         ax.legend(fontsize=6, frameon=False)
     plot.save_svg(figure, path)

@@ -5,8 +5,8 @@ while its rows are in the cache, and what is as long as all rows together is kep
     backward    the same rows again, from x and from what gate and up gave
 
 Weighting the hidden rows, not the results, leaves the results unneeded in the backward, and their gradient unweighted.
-Experts have as many rows as `sizes.round_up` says: numbers that are new at every step cost a compilation each. A row
-that pads reads the last token of its expert, with a weight of zero, and nobody reads it.
+Below float32 experts have as many rows as `sizes.round_up` says: numbers that are new at every step cost a compilation
+each. A row that pads reads the last token of its expert, with a weight of zero, and nobody reads it.
 
 Shapes: N tokens, K experts chosen by each, P rows; E experts, D width, F expert width."""
 
@@ -44,35 +44,38 @@ def experts(
     activation: Callable[[Tensor], Tensor] = F.silu,
 ) -> Tensor:
     """See `grouped.experts`; `x_ND` and `weights_NK` have the dtype of the experts."""
-    rows = _deal(experts_NK, len(down_EDF), compiled=x_ND.dtype != torch.float32)
+    rows = _deal(experts_NK, len(down_EDF), compiled=x_ND.dtype in (torch.bfloat16, torch.float16))
     return _Experts.apply(x_ND, weights_NK, gate_up_EFD, down_EDF, rows, activation)
 
 
 class _Rows(NamedTuple):
-    """`slices`: each expert that has rows, and which. `choice_P`: which of the N K choices lies at a row. `own_P1`: 0
-    where a row pads, else 1. `place_NK`: each choice's row; P, one behind the last, if it chose no expert."""
+    """`slices`: each expert that has rows, and which. `choice_P`: which of the N K choices lies at a row. `pads_P`:
+    whether the row is nobody's. `place_NK`: each choice's row; P, one behind the last, if it chose no expert."""
 
     slices: list[tuple[int, slice]]
     choice_P: Tensor
-    own_P1: Tensor
+    pads_P: Tensor
     place_NK: Tensor
 
 
 def _deal(experts_NK: Tensor, E: int, compiled: bool) -> _Rows:
+    device = experts_NK.device
     order_S, ends_E, _ = sort_by_expert(experts_NK, E)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    sizes_E = torch.tensor([round_up(n) if compiled and n else n for n in counts_E.tolist()], dtype=torch.int64)
-    stops_E = sizes_E.cumsum(0)
     order_S = order_S[: int(counts_E.sum())]
-    place_S = torch.arange(len(order_S)) + (stops_E - sizes_E - ends_E + counts_E).repeat_interleave(counts_E)
-    choice_P = order_S[(ends_E[counts_E > 0] - 1).long()].repeat_interleave(sizes_E[counts_E > 0])
+    sizes_E = torch.tensor([round_up(n) if compiled and n else n for n in counts_E.tolist()], device=device)
+    stops_E = sizes_E.cumsum(0)
+    shift_E = stops_E - sizes_E - (ends_E - counts_E)
+    place_S = torch.arange(len(order_S), device=device) + shift_E.repeat_interleave(counts_E)
+    owns_E = counts_E > 0
+    choice_P = order_S[(ends_E[owns_E] - 1).long()].repeat_interleave(sizes_E[owns_E])
     choice_P[place_S] = order_S
-    own_P1 = torch.zeros(len(choice_P), 1).index_fill_(0, place_S, 1)
-    place_NK = torch.full_like(experts_NK, len(choice_P), dtype=torch.int64)
+    pads_P = torch.ones_like(choice_P, dtype=torch.bool).index_fill_(0, place_S, False)
+    place_NK = torch.full(experts_NK.shape, len(choice_P), device=device)
     place_NK.view(-1)[order_S] = place_S
     stops = stops_E.tolist()
     slices = [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops], stops, strict=False)) if b > a]
-    return _Rows(slices, choice_P, own_P1, place_NK)
+    return _Rows(slices, choice_P, pads_P, place_NK)
 
 
 class _Experts(torch.autograd.Function):
@@ -88,7 +91,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         P = len(rows.choice_P)
         token_P = rows.choice_P // weights_NK.shape[1]
-        weight_P1 = weights_NK.flatten()[rows.choice_P, None] * rows.own_P1.to(weights_NK.dtype)
+        weight_P1 = weights_NK.flatten()[rows.choice_P].masked_fill_(rows.pads_P, 0)[:, None]
         gate_up_PF, out_PD = x_ND.new_empty(P, gate_up_EFD.shape[1]), _with_nobodys(x_ND, P)
         for e, own in rows.slices:
             gate_up = gate_up_PF[own]

@@ -102,8 +102,8 @@ def unpermute(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor, backend: st
     """sum_k weight_k * row of place_k for each token, (N, D) of rows' dtype; summed in float32, rounded once.
 
     Args:
-        place_NK: as `permute` made it, no row twice and those of nobody last; -1 counts for nothing, and that
-            weight's gradient is 0.
+        place_NK: as `permute` made it, no row twice and those of nobody last (else gradients are undefined on a
+            GPU); -1 counts for nothing, and that weight's gradient is 0.
 
     Raises:
         ValueError: place and weights have different shapes.

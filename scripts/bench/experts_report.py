@@ -10,22 +10,19 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def layer_table() -> str:
-    """Every record of `bench_experts.py`: a row per size, a column per form."""
-    rows = []
-    for record in records("experts"):
-        settings = record["settings"]
-        loads = "kept" if settings["same"] else "new in every repeat"
+    """The newest record of `bench_experts.py` for products that are new and for those that are compiled already."""
+    newest = {record["settings"]["known"]: record for record in records("experts")}
+    rows = [["D x F, products", "", "forward and backward", "over the loop", "over the loop, unbound"]]
+    for known, record in newest.items():
         for size, forms in record["found"].items():
-            names, loop = list(forms)[1:], forms["loop"]
-            cells = [f"{size}, {loads}", f"{1e3 * loop['both_s']['median']:.0f} ms"]
-            cells += [
-                f"{1e3 * forms[name]['both_s']['median']:.0f} ms, {ratio(forms[name]['times_the_loop'])}"
-                for name in names
-            ]
-            rows.append((["D x F, loads", "loop", *names], cells))
-    settings = records("experts")[-1]["settings"]
+            for name, form in forms.items():
+                first = f"{size}, {'compiled before' if known else 'as loads come'}" if name == "loop" else ""
+                ratios = [ratio(form[f"times_the_{loop}"]) for loop in ("loop", "loop, unbound")]
+                rows.append([first, name, f"{1e3 * form['both_s']['median']:.0f} ms", *ratios])
+    settings = record["settings"]
     work = f"{settings['tokens']} tokens, {settings['experts']} experts, {settings['chosen']} chosen"
-    return markdown([rows[0][0], *(cells for _, cells in rows)], f"{work}, {settings['dtype']}, ", records("experts"))
+    load = f"the largest load {record['largest_over_mean_load']['median']:.1f} times the mean"
+    return markdown(rows, f"{work}, {load}, {settings['dtype']}, torch {record['versions']['torch']}, ", record)
 
 
 def step_table() -> str:
@@ -37,21 +34,21 @@ def step_table() -> str:
         one = record["summary"][name]
         cells = [f"{one[key]['median']:.2f} s" for key in ("step_s", "train_s")]
         rows.append([label, *cells, f"{one['peak_rss_mib']['median']:.0f} MiB"])
-    return markdown(rows, "medians of 3 processes, ", [record])
+    return markdown(rows, f"medians of {len(record['runs']['lit_loop'])} processes, ", record)
 
 
 def project_table() -> str:
     """The newest record of `bench_swaps.py`."""
     record = records("swaps")[-1]
-    summary, ours = record["summary"], "with callbacks"
-    rows = [["", "step", "memory", "times faster with callbacks", "largest relative difference of a loss"]]
-    for side in [name for name in record["runs"] if name != ours] + [ours]:
+    summary, versions = record["summary"], record["versions"]
+    rows = [["", "step", "memory", "times faster with both", "largest relative difference of a loss to both"]]
+    for side in record["runs"]:
         one, against = summary[side], summary.get(f"against {side}")
         cells = [f"{one['step_s']['median']:.2f} s", f"{one['memory_mib']['median']:.0f} MiB"]
         cells += [ratio(against["speed"]), f"{against['largest_loss_difference']:.1e}"] if against else ["", ""]
         rows.append([side, *cells])
-    settings = record["settings"]
-    return markdown(rows, f"{settings['precision']}, medians of {settings['repeats']} processes, ", [record])
+    work = f"{record['settings']['precision']}, medians of {record['settings']['repeats']} processes"
+    return markdown(rows, f"{work}, torch {versions['torch']}, transformers {versions['transformers']}, ", record)
 
 
 def records(folder: str) -> list[dict[str, Any]]:
@@ -65,8 +62,8 @@ def ratio(spread: dict[str, float]) -> str:
     return f"{spread['median']:.1f}x ({spread['min']:.1f} to {spread['max']:.1f})"
 
 
-def markdown(rows: list[list[str]], work: str, of: list[dict[str, Any]]) -> str:
+def markdown(rows: list[list[str]], work: str, record: dict[str, Any]) -> str:
     head, *body = rows
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
-    machine = of[-1]["machine"]
-    return "\n".join([*lines, "", f"{work}{machine['cpu']}, {machine['cores']} cores, {of[-1]['date'][:10]}."])
+    machine = record["machine"]
+    return "\n".join([*lines, "", f"{work}{machine['cpu']}, {machine['cores']} cores, {record['date'][:10]}."])

@@ -1,8 +1,8 @@
 """How one case of bench_kernels.py is measured: ours and its rivals in turn, then the result against a reference.
 
 Every repetition of a side is preceded by a write of 1 GiB, which empties the L2 cache, and a wait of about 2 ms on the
-GPU, in which Python enqueues what is timed; CUDA events stand around that alone. The order of the sides turns round with
-every repetition.
+GPU, in which Python enqueues what is timed; CUDA events stand around that alone. The order of the sides turns round
+with every repetition.
 
 Needs torch and triton only."""
 

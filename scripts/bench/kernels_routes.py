@@ -29,14 +29,14 @@ def permute_and_sort(place: Place, N: int, C: int, E: int, D: int) -> Made:
 def permute_only(place: Place, N: int, C: int, E: int, D: int) -> Made:
     """The kernel alone, sorted before; the naive way moves the same bytes."""
     x, experts_NC = normal(place, N, D), choices(place, N, C, E)
-    order_S, _, place_NC = sort_by_expert(experts_NC, E)
+    order_S, ends_E, place_NC = sort_by_expert(experts_NC, E)
     token_S = order_S // C
     sides: dict[str, Run] = {
         "triton": lambda: x.index_select(0, token_S),
         "unfused": lambda: x.index_select(0, token_S),
     }
     if place.ours == "triton":
-        sides["triton"] = lambda: torch.ops.lit_kernels.permute(x, place_NC)
+        sides["triton"] = lambda: torch.ops.lit_kernels.permute(x, place_NC, ends_E)
     return Made(sides, sides["unfused"], exact, bytes=2 * (N + N * C) * D)
 
 
@@ -54,14 +54,14 @@ def permute_backward(place: Place, N: int, C: int, E: int, D: int) -> Made:
 def permute_and_quantise(place: Place, N: int, C: int, E: int, D: int) -> Made:
     """The kernel alone, sorted before. Unfused: rows moved, then quantised by ours."""
     x, experts_NC, ours = normal(place, N, D), choices(place, N, C, E), place.ours
-    order_S, _, place_NC = sort_by_expert(experts_NC, E)
+    order_S, ends_E, place_NC = sort_by_expert(experts_NC, E)
     token_S = order_S // C
     sides: dict[str, Run] = {
         "triton": lambda: permute_quantised(x, experts_NC, E, backend=ours).rows,
         "unfused": lambda: quantise_rows(x.index_select(0, token_S), backend=ours),
     }
     if place.ours == "triton":
-        sides["triton"] = lambda: torch.ops.lit_kernels.permute_quantised(x, place_NC, "float")
+        sides["triton"] = lambda: torch.ops.lit_kernels.permute_quantised(x, place_NC, ends_E, "float")
     return Made(sides, sides["unfused"], exact, bytes=int(N * D * 2 + N * C * D * (1 + SCALE)))
 
 

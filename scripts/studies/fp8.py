@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,9 +49,9 @@ def pretraining_table() -> str:
     ]
     for rate, found in record["summary"].items():
         for arm, row in found.items():
-            cells = [rate, arm, Interval(**row["loss"]).text(".4f"), "", "", ""]
+            cells = [rate, arm, read(row["loss"]).text(".4f"), "", "", ""]
             if "relative" in row:
-                relative = Interval(*(100 * row["relative"][key] for key in ("mean", "low", "high")))
+                relative = Interval(*(100 * value for value in read(row["relative"])))
                 cells[3:] = f"{relative.text('+.3f')} %", f"{row['largest']:.3%}", verdict(relative, 100 * BOUND)
             lines.append(f"| {' | '.join(cells)} |")
     settings = record["settings"]
@@ -59,6 +60,12 @@ def pretraining_table() -> str:
         f"{settings['steps']} steps, seeds {', '.join(map(str, settings['seeds']))}; 95% intervals over seeds; "
         f"{record['machine']['device']}, torch {record['versions']['torch']}, {record['date'][:10]}.",
     ])  # fmt: skip
+
+
+def read(row: Mapping[str, float | None]) -> Interval:
+    """JSON has null for an end that is not a number: there is one seed only."""
+    ends = (row[key] for key in Interval._fields)
+    return Interval(*(math.nan if end is None else end for end in ends))
 
 
 def verdict(relative: Interval, bound: float) -> str:

@@ -22,7 +22,7 @@ def test_rows_of_an_expert_are_padded_with_its_last():
     rows = _deal(torch.tensor([[1, 3], [-1, 0], [0, 1]]), 3, compiled=True)
     assert rows.slices == [(0, slice(0, 16)), (1, slice(16, 32))]
     assert rows.choice_P.tolist() == [3] + 15 * [4] + [0] + 15 * [5]
-    assert rows.own_P1.flatten().tolist() == 2 * [1.0] + 14 * [0.0] + 2 * [1.0] + 14 * [0.0]
+    assert rows.pads_P.tolist() == 2 * (2 * [False] + 14 * [True])
     assert rows.place_NK.tolist() == [[16, 32], [32, 0], [1, 17]]
 
 
@@ -58,3 +58,21 @@ def test_what_pads_adds_nothing(poisoned):
             one.double(), exact, rtol=2e-2, atol=5e-2 * exact.nan_to_num().abs().max().item(), equal_nan=True
         )
     assert ours[2].grad is not None and (ours[2].grad[3] == 0).all()
+
+
+@pytest.mark.parametrize("chosen", [torch.empty(0, 2).long(), torch.full((3, 2), -1)], ids=["no tokens", "all dropped"])
+def test_nothing_to_do(chosen):
+    x = torch.ones(len(chosen), 8).bfloat16().requires_grad_()
+    gate_up, down = torch.ones(3, 8, 8).bfloat16().requires_grad_(), torch.ones(3, 8, 4).bfloat16()
+    out = experts(x, chosen, torch.ones(chosen.shape).bfloat16(), gate_up, down)
+    out.sum().backward()
+    assert out.shape == x.shape and (out == 0).all()
+    assert x.grad is not None and gate_up.grad is not None and (x.grad == 0).all() and (gate_up.grad == 0).all()
+
+
+def test_choices_may_lie_column_by_column():
+    torch.manual_seed(1)
+    inputs = torch.randn(6, 8), torch.rand(6, 2), torch.randn(3, 8, 8), torch.randn(3, 8, 4)
+    chosen = torch.randn(6, 3).topk(2).indices
+    right = experts(inputs[0], chosen, *inputs[1:])
+    assert torch.equal(experts(inputs[0], chosen.t().contiguous().t(), *inputs[1:]), right)

@@ -23,12 +23,12 @@ COLUMNS = 1024  # of a step: 16 bytes of bfloat16 for each thread of 4 warps
 
 
 @triton.jit
-def _clear(rows, owned, S, D, d, EACH: tl.constexpr):
+def _clear(rows, end, S, D, d, EACH: tl.constexpr):
     """Zeros to those of this program's rows that are nobody's."""
     zeros = tl.zeros(d.shape, rows.dtype.element_ty)
     for i in tl.static_range(EACH):
         s = tl.program_id(0).to(tl.int64) * EACH + i
-        tl.store(rows + s * D + d, zeros, mask=(s >= owned) & (s < S) & (d < D))
+        tl.store(rows + s * D + d, zeros, mask=(s >= end) & (s < S) & (d < D))
 
 
 @triton.jit
@@ -58,12 +58,12 @@ def _spread_quantised(
         s = tl.load(place + n * K + k).to(tl.int64)
         tl.store(values + s * D + d, quantised, mask=(s >= 0) & (d < D))
         tl.store(scales + block.to(tl.int64) * S + s, scale, mask=(s >= 0) & there)
-    owned = tl.load(last)
-    _clear(values, owned, S, D, d, EACH)
+    end = tl.load(last)
+    _clear(values, end, S, D, d, EACH)
     smallest, _ = _scales(tl.zeros((BLOCKS,), tl.float32), POWER_OF_TWO)
     for i in tl.static_range(EACH):
         s = n * EACH + i
-        tl.store(scales + block.to(tl.int64) * S + s, smallest, mask=(s >= owned) & (s < S) & there)
+        tl.store(scales + block.to(tl.int64) * S + s, smallest, mask=(s >= end) & (s < S) & there)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _collect_backward(
     k = tl.arange(0, CHOICES)
     s = tl.load(place + n * K + k, mask=k < K, other=-1).to(tl.int64)
     weight = tl.load(weights + n * K + k, mask=k < K, other=0.0).to(tl.float32)
-    owned = tl.load(last)
+    end = tl.load(last)
     products = tl.zeros((CHOICES, COLUMNS), tl.float32)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
@@ -96,7 +96,7 @@ def _collect_backward(
         products += grad_[None, :] * tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
         tile = grad_[None, :] * weight[:, None]
         tl.store(grad_rows + at, tile.to(grad_rows.dtype.element_ty), mask=inside)
-        _clear(grad_rows, owned, S, D, d, EACH)
+        _clear(grad_rows, end, S, D, d, EACH)
     # By choice, not by the product: 0 * NaN of a gradient must not reach the weight of a dropped choice.
     sums = tl.where(s >= 0, tl.sum(products, 1), 0.0)
     tl.store(grad_weights + n * K + k, sums.to(grad_weights.dtype.element_ty), mask=k < K)
