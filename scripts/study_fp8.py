@@ -1,6 +1,7 @@
 """Pretraining in FP8 against bfloat16 at the same seed and data: docs/studies/fp8.md.
 
-    python scripts/study_fp8.py PATH/gsm8k/train.jsonl     # runs what is missing, then writes the results
+    python scripts/study_fp8.py PATH/gsm8k/train.jsonl     # runs what is missing, then writes all that was run
+    python scripts/study_fp8.py PATH/gsm8k/train.jsonl --rates 0.001 --seeds 4 5 6
 
 The shelf's model (conf/model/arith_1m.yaml) reads the questions and solutions of a JSONL file, byte by byte. FP8 is
 `kernels=fp8_emulated`: the numbers of FP8 kernels (E4M3 and block scales in all three products of every linear layer
@@ -77,7 +78,7 @@ def batches(path: Path, seed: int, steps: int) -> list[TokenBatch]:
 
 def losses(path: Path, rate: float, arm: str, seed: int, steps: int) -> dict[str, Any]:
     """A run's losses and the code's commit; trained if that was not done before."""
-    found = FOLDER / f"{ARMS[arm]}-{path.stem}-{steps}-{rate:g}-{seed}.json"
+    found = place(path, f"{rate:g}", arm, seed, steps)
     if not found.exists():
         print(f"rate {rate:g}, {arm}, seed {seed}", flush=True)
         L.seed_everything(seed, verbose=False)
@@ -99,6 +100,21 @@ def losses(path: Path, rate: float, arm: str, seed: int, steps: int) -> dict[str
         ).fit(module, DataLoader(batches(path, seed, steps), batch_size=None))  # type: ignore[arg-type]
         write_json(found, {"losses": seen.values, "commit": commit()})
     return json.loads(found.read_text())
+
+
+def place(path: Path, rate: str, arm: str, seed: int | str, steps: int) -> Path:
+    return FOLDER / f"{ARMS[arm]}-{path.stem}-{steps}-{rate}-{seed}.json"
+
+
+def complete(path: Path, steps: int) -> dict[str, list[int]]:
+    """{rate: the seeds of which every arm was run}."""
+    names = (file.stem for file in FOLDER.glob(place(path, "*", "FP8", "*", steps).name))
+    runs = [tuple(name.split(f"-{steps}-", 1)[1].rsplit("-", 1)) for name in names]
+    seeds: dict[str, list[int]] = {}
+    for rate, seed in sorted(runs, key=lambda run: (float(run[0]), int(run[1]))):
+        if all(place(path, rate, arm, int(seed), steps).exists() for arm in ARMS):
+            seeds.setdefault(rate, []).append(int(seed))
+    return seeds
 
 
 def draw(curves: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: Path) -> None:
@@ -141,26 +157,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--steps {args.steps}: valid: {WARMUP + TAIL} or more")
     if not args.text.is_file():
         parser.error(f"{args.text} is no file; GSM8K's train.jsonl is at https://github.com/openai/grade-school-math")
+    for rate in args.rates:
+        for seed in args.seeds:
+            for arm in ARMS:
+                losses(args.text, rate, arm, seed, args.steps)
+    seeds = complete(args.text, args.steps)
     runs = {
-        (f"{rate:g}", arm, seed): losses(args.text, rate, arm, seed, args.steps)
-        for rate in args.rates
-        for seed in args.seeds
-        for arm in ARMS
+        rate: {arm: {seed: losses(args.text, float(rate), arm, seed, args.steps) for seed in found} for arm in ARMS}
+        for rate, found in seeds.items()
     }
     curves = {
-        rate: {arm: {seed: runs[rate, arm, seed]["losses"] for seed in args.seeds} for arm in ARMS}
-        for rate in (f"{rate:g}" for rate in args.rates)
+        rate: {arm: {seed: run["losses"] for seed, run in by_seed.items()} for arm, by_seed in arms.items()}
+        for rate, arms in runs.items()
     }
     record: dict[str, Any] = {
         **circumstances("cpu"),
-        "commits": sorted({found["commit"] for found in runs.values()}),
-        "settings": {
-            "rates": args.rates,
-            "seeds": args.seeds,
-            "steps": args.steps,
-            "kernels": ARMS,
-            "text": args.text.name,
-        },
+        "commits": sorted(
+            {run["commit"] for arms in runs.values() for found in arms.values() for run in found.values()}
+        ),
+        "settings": {"seeds": seeds, "steps": args.steps, "kernels": ARMS, "text": args.text.name},
         "summary": {rate: summary(arms) for rate, arms in curves.items()},
         "losses": curves,
     }

@@ -49,7 +49,9 @@ def pretraining_table() -> str:
     ]
     for rate, found in record["summary"].items():
         for arm, row in found.items():
-            cells = [rate, arm, read(row["loss"]).text(".4f"), "", "", ""]
+            seeds = ", ".join(map(str, record["settings"]["seeds"][rate]))
+            cells = [f"{rate}, seeds {seeds}" if arm == next(iter(found)) else "", arm]
+            cells += [read(row["loss"]).text(".4f"), "", "", ""]
             if "relative" in row:
                 relative = Interval(*(100 * value for value in read(row["relative"])))
                 cells[3:] = f"{relative.text('+.3f')} %", f"{row['largest']:.3%}", verdict(relative, 100 * BOUND)
@@ -57,7 +59,7 @@ def pretraining_table() -> str:
     settings = record["settings"]
     return "\n".join([
         *lines, "",
-        f"{settings['steps']} steps, seeds {', '.join(map(str, settings['seeds']))}; 95% intervals over seeds; "
+        f"{settings['steps']} steps; 95% intervals over seeds; "
         f"{record['machine']['device']}, torch {record['versions']['torch']}, {record['date'][:10]}.",
     ])  # fmt: skip
 
