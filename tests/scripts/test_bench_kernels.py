@@ -237,6 +237,7 @@ def gpu(bench, monkeypatch):
     monkeypatch.setattr(Event, "clock", 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("wait"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
@@ -252,7 +253,7 @@ def test_on_a_gpu_sides_take_turns_between_events(bench, gpu):
     times = bench.measure.interleaved(sides, place, seconds=0)
     assert order == list("ab" + "abba" * 2 + "ab")  # one round to see how long it takes, then the least number, 5
     assert times == {"a": [3.0, 6.0, 7.0, 10.0, 11.0], "b": [4.0, 5.0, 8.0, 9.0, 12.0]}
-    assert calls == ["synchronize"] * 6
+    assert calls == ["wait", "wait", "synchronize"] * 6
 
 
 def test_on_a_gpu_a_row_has_rates_of_the_median_and_peaks(bench, gpu):
