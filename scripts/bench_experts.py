@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_rl_step import free_path, machine, spread
+from bench_rl_step import dated_path, machine, spread
 from lit_kernels import one_by_one
 from lit_kernels.grouped import experts_reference, grouped_mm
 from lit_kernels.permute import permute, unpermute
@@ -181,7 +180,8 @@ def main() -> None:
             cells = " ".join(_cell(one[key]) for key in ("forward_s", "backward_s", "both_s"))
             ratios = [one[f"times_the_{loop}"]["median"] for loop in LOOPS]
             print(f"{size:10} {name:14} {cells} {ratios[0]:7.2f} {ratios[1]:9.2f}", flush=True)
-    loads = [choices(shape, seed).flatten().bincount() for shape in shapes.values() for seed in range(args.repeats)]
+    some = next(iter(shapes.values()))  # choices do not depend on widths
+    loads = [choices(some, seed).flatten().bincount() for seed in range(args.repeats)]
     settings = {key: value for key, value in vars(args).items() if key not in ("form", "turn", "name")}
     record = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -192,8 +192,7 @@ def main() -> None:
         "largest_over_mean_load": spread([float(load.max() / load.float().mean()) for load in loads]),
         "found": found,
     }
-    cpu = re.sub(r"\W+", "-", record["machine"]["cpu"].replace("(R)", "")).strip("-").lower()
-    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", ROOT / "benchmarks" / "experts")
+    path = dated_path(args.name, ROOT / "benchmarks" / "experts")
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
 

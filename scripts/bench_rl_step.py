@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -249,6 +250,12 @@ def main() -> int:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
     return 0
+
+
+def dated_path(name: str | None, folder: Path) -> Path:
+    """A free path of that name; without one, of date and processor."""
+    cpu = re.sub(r"\W+", "-", machine()["cpu"].replace("(R)", "")).strip("-").lower()
+    return free_path(name or f"{time.strftime('%Y%m%d')}-{cpu}", folder)
 
 
 def free_path(name: str, folder: Path = ROOT / "benchmarks" / "rl_step") -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench_rl_step import free_path, machine, spread
+from bench_rl_step import dated_path, machine, spread
 
 from lit_reason.cli.stages import commit
 
@@ -124,8 +123,7 @@ def main() -> int:
         "machine": machine(),
         "settings": {key: value for key, value in vars(args).items() if key not in ("side", "name")},
     }
-    cpu = re.sub(r"\W+", "-", record["machine"]["cpu"].replace("(R)", "")).strip("-").lower()
-    path = free_path(args.name or f"{time.strftime('%Y%m%d')}-{cpu}", ROOT / "benchmarks" / "swaps")
+    path = dated_path(args.name, ROOT / "benchmarks" / "swaps")
     path.write_text(json.dumps({**record, "summary": summary, "runs": runs}, indent=1) + "\n")
     print(f"written to {path}")
     return 0
